@@ -1,0 +1,1 @@
+"""From records to batches: text, pictures, augmentation and reading. NumPy and Grain only, no JAX."""

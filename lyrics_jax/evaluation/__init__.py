@@ -1,0 +1,1 @@
+"""Asking a trained model, and scoring and showing what it answers."""

@@ -1,0 +1,25 @@
+"""LoRA (Hu et al. 2021): a linear map with a trained low-rank addition, y = x W + (alpha / r) dropout(x) A B."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lyrics_jax.config import LoRAConfig
+from lyrics_jax.models.layers import Array, Linear, LogicalAxes, dropout, parameter
+
+# PEFT's initialisation of A: Kaiming uniform with a = sqrt(5), i.e. uniform within 1 / sqrt(fan_in).
+_init_a = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class LoRALinear(Linear):
+  """A `Linear` without bias plus adapters `lora_a` [n, r] and `lora_b` [r, m] (zero at the start)."""
+
+  def __init__(self, n: int, m: int, axes: LogicalAxes, config: LoRAConfig, *, rngs: nnx.Rngs):
+    super().__init__(n, m, axes, bias=False, rngs=rngs)
+    self.lora_a = parameter(rngs, _init_a, (n, config.rank), (axes[0], None))
+    self.lora_b = parameter(rngs, jax.nn.initializers.zeros, (config.rank, m), (None, axes[1]))
+    self.scale, self.rate = config.alpha / config.rank, config.dropout
+
+  def __call__(self, x: Array, key: Array | None = None) -> Array:
+    low = dropout(x, self.rate, key) @ self.lora_a[...].astype(x.dtype)
+    return super().__call__(x) + self.scale * (low @ self.lora_b[...].astype(x.dtype))

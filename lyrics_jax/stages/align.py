@@ -1,0 +1,137 @@
+"""Stage 1, representation alignment: L = L_itc + L_itm + L_icg + L_msp (paper section 3.3).
+
+V visual queries, G grounding queries, S spatial representation, C caption; masks in `models/masks.py`. Queries attend to no
+text in ITC, ICG and MSP, so one pass of them serves all three; their keys and values are handed to the text passes.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lyrics_jax.config import Config
+from lyrics_jax.models import masks
+from lyrics_jax.models.lyrics import LyricsForAlignment
+from lyrics_jax.models.mq_former import KeyValue, Sources, Text, spatial_and_caption
+from lyrics_jax.stages.base import Array, Batch, Loss, cross_entropy, masked_mean, text_spec, visual_spec
+
+
+class Align:
+  def __init__(self, config: Config):
+    self.config = config
+
+  def build(self, rngs: nnx.Rngs) -> LyricsForAlignment:
+    return LyricsForAlignment(self.config.model, self.config.align.temperature, rngs=rngs)
+
+  def trains(self, path: str) -> bool:
+    return not path.startswith("perception/vision/")
+
+  def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    spatial, caption = self.config.data.spatial_length, self.config.data.caption_length
+    return visual_spec(self.config) | text_spec(self.config.batch_size, {
+        "spatial_ids": (spatial, jnp.int32), "spatial_mask": (spatial, jnp.bool_),
+        "msp_ids": (spatial, jnp.int32), "msp_targets": (spatial, jnp.int32),
+        "caption_ids": (caption, jnp.int32), "caption_mask": (caption, jnp.bool_), "icg_ids": (caption, jnp.int32)})
+
+  def loss(self, model: LyricsForAlignment, batch: Batch, key: Array | None) -> Loss:
+    query_key, text_key, itm_key, icg_key, msp_key, negatives_key = (
+        [None] * 6 if key is None else jax.random.split(key, 6))
+    mq_former, smoothing = model.perception.mq_former, self.config.align.label_smoothing
+    sources = model.perception.look(batch)
+    queries, context = mq_former.query_pass(sources, query_key)
+    text = spatial_and_caption((batch["spatial_ids"], batch["spatial_mask"]), (batch["caption_ids"], batch["caption_mask"]),
+                               mq_former.config.restart_positions)
+
+    similarity = image_text_similarity(model, queries, text, text_key)
+    losses = {
+        "itc": itc(similarity, smoothing),
+        # Evaluation draws its negatives from a fixed key, so that two runs agree.
+        "itm": itm(model, sources, text, similarity, batch["caption_ids"],
+                   jax.random.key(0) if key is None else negatives_key, itm_key),
+        "icg": icg(model, context, batch, smoothing, icg_key),
+        "msp": msp(model, context, batch, smoothing, msp_key),
+    }
+    return Loss(sum(losses.values()), jnp.float32(1), losses | {"temperature": model.temperature[...]})
+
+
+def image_features(model: LyricsForAlignment, queries: Array) -> Array:
+  """H_I = [mean(V); mean(G)] -> L2-normalised float32[B, 256]."""
+  return _normalised(model.itc_image(jnp.concatenate(model.perception.mq_former.pool(queries), axis=-1)))
+
+
+def text_features(model: LyricsForAlignment, hidden: Array, text: Text) -> Array:
+  """H_T = [h(BOS); h(CLS)] -> L2-normalised float32[B, 256]."""
+  bos, cls = text.segments.index(masks.S), text.segments.index(masks.C)
+  return _normalised(model.itc_text(jnp.concatenate([hidden[:, bos], hidden[:, cls]], axis=-1)))
+
+
+def image_text_similarity(model: LyricsForAlignment, queries: Array, text: Text, key: Array | None) -> Array:
+  """float32[B, B], row i the picture, column j the text, divided by the learnt temperature."""
+  hidden = model.perception.mq_former.text_pass(text, masks.ITC, None, key)
+  return image_features(model, queries) @ text_features(model, hidden, text).T / model.temperature[...]
+
+
+def itc(similarity: Array, smoothing: float) -> Array:
+  """Image-text contrastive loss over the global batch.
+
+  L_itc = 1/2 (CE(s(I, T), y) + CE(s(T, I), y)), y the diagonal. Under `jit` the similarity matrix is of the whole global
+  batch on any mesh; only the [B, 256] features travel between devices.
+  """
+  targets = jnp.arange(similarity.shape[0])
+  return (cross_entropy(similarity, targets, smoothing).mean() + cross_entropy(similarity.T, targets, smoothing).mean()) / 2
+
+
+def hard_negatives(similarity: Array, caption_ids: Array, key: Array) -> tuple[Array, Array, Array]:
+  """Draws for each pair a negative picture and a negative text by the softmax of their similarity.
+
+  Never the pair itself, nor one with the identical caption. Returns (pictures int32[B], texts int32[B], found bool[B]);
+  `found` is False where the batch holds no candidate.
+  """
+  same = (caption_ids[:, None] == caption_ids[None]).all(-1)
+  weights = jnp.where(same, -jnp.inf, jax.lax.stop_gradient(similarity).astype(jnp.float32))
+  picture_key, text_key = jax.random.split(key)
+  pictures = jax.random.categorical(picture_key, weights.T, axis=-1)
+  texts = jax.random.categorical(text_key, weights, axis=-1)
+  return pictures, texts, ~same.all(-1)
+
+
+def itm(model: LyricsForAlignment, sources: Sources, text: Text, similarity: Array, caption_ids: Array,
+        negatives_key: Array, key: Array | None) -> Array:
+  """Image-text matching: L_itm = E[CE(p(V), y) + CE(p(G), y)] / 2, y = 1 for the pair, 0 for its two hard negatives.
+
+  p is one classifier over mean(V), which saw the caption, and over mean(G), which saw the spatial representation.
+  Negatives come from the global batch: on a mesh the drawn pictures' cross-attention keys and values and the drawn texts'
+  ids travel between devices.
+  """
+  count = similarity.shape[0]
+  own = jnp.arange(count)
+  pictures, texts, found = hard_negatives(similarity, caption_ids, negatives_key)
+  sources = sources.take(jnp.concatenate([own, pictures, own]))
+  text = text.take(jnp.concatenate([own, own, texts]))
+  queries, _ = model.perception.mq_former.joint_pass(sources, text, masks.ITM, key)
+  logits = jnp.stack([model.itm(pooled) for pooled in model.perception.mq_former.pool(queries)])
+  targets = jnp.repeat(jnp.array([1, 0, 0]), count)
+  used = jnp.concatenate([jnp.ones(count, bool), found, found])
+  return masked_mean(cross_entropy(logits, jnp.broadcast_to(targets, (2, 3 * count))), jnp.broadcast_to(used, (2, 3 * count)))
+
+
+def icg(model: LyricsForAlignment, context: KeyValue, batch: Batch, smoothing: float, key: Array | None) -> Array:
+  """Image-grounded caption generation: L_icg = -E sum_t log p(c_t | c_<t, V, G), starting from [DEC]."""
+  mq_former = model.perception.mq_former
+  text = spatial_and_caption(None, (batch["icg_ids"], batch["caption_mask"]), mq_former.config.restart_positions)
+  hidden = mq_former.text_pass(text, masks.ICG, context, key)
+  logits = model.lm_head(hidden[:, :-1], mq_former.words)
+  return masked_mean(cross_entropy(logits, batch["icg_ids"][:, 1:], smoothing), batch["caption_mask"][:, 1:])
+
+
+def msp(model: LyricsForAlignment, context: KeyValue, batch: Batch, smoothing: float, key: Array | None) -> Array:
+  """Masked spatial prediction: L_msp = -E sum over masked tokens of log p(s | the unmasked, V, G), starting from [MLM]."""
+  mq_former = model.perception.mq_former
+  text = spatial_and_caption((batch["msp_ids"], batch["spatial_mask"]), None, mq_former.config.restart_positions)
+  logits = model.lm_head(mq_former.text_pass(text, masks.MSP, context, key), mq_former.words)
+  targets = batch["msp_targets"]
+  return masked_mean(cross_entropy(logits, jnp.maximum(targets, 0), smoothing), targets >= 0)
+
+
+def _normalised(x: Array) -> Array:
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)

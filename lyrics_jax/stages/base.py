@@ -1,0 +1,70 @@
+"""The interface between a stage and everything that trains, plans or evaluates it."""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lyrics_jax.config import Config
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Loss:
+  """A loss of one microbatch. Microbatches are averaged with their `weight` (number of targets, or 1)."""
+  value: Array
+  weight: Array
+  metrics: dict[str, Array]
+
+
+class Stage(Protocol):
+  config: Config
+
+  def build(self, rngs: nnx.Rngs) -> nnx.Module:
+    """The freshly initialised model."""
+
+  def trains(self, path: str) -> bool:
+    """Whether the parameter with this path, e.g. `perception/vision/patch/kernel`, is trained."""
+
+  def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names, shapes and dtypes of one global batch."""
+
+  def loss(self, model: nnx.Module, batch: Batch, key: Array | None) -> Loss:
+    """The loss of a batch; without a key there is no dropout."""
+
+
+def visual_spec(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+  """The part of a batch that both stages read: pictures and local tokens."""
+  batch, size, refiner = config.batch_size, config.model.vision.image_size, config.model.refiner
+  width = refiner.feature_width + 4
+  return {
+      "image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8),
+      "detection": jax.ShapeDtypeStruct((batch, refiner.detection_rows, width), jnp.float32),
+      "detection_mask": jax.ShapeDtypeStruct((batch, refiner.detection_rows), jnp.bool_),
+      "masks": jax.ShapeDtypeStruct((batch, refiner.mask_rows, width), jnp.float32),
+      "masks_mask": jax.ShapeDtypeStruct((batch, refiner.mask_rows), jnp.bool_),
+  }
+
+
+def text_spec(batch: int, lengths: dict[str, tuple[int, jnp.dtype]]) -> dict[str, jax.ShapeDtypeStruct]:
+  return {name: jax.ShapeDtypeStruct((batch, length), dtype) for name, (length, dtype) in lengths.items()}
+
+
+def cross_entropy(logits: Array, targets: Array, smoothing: float = 0.0) -> Array:
+  """Per-position cross-entropy in float32, logits [..., V] and int targets [...].
+
+  With label smoothing s the target distribution is (1 - s) on the target plus s / V on every class.
+  """
+  log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+  loss = -jnp.take_along_axis(log_probabilities, targets[..., None], axis=-1)[..., 0]
+  return loss if smoothing == 0 else (1 - smoothing) * loss - smoothing * log_probabilities.mean(-1)
+
+
+def masked_mean(values: Array, mask: Array) -> Array:
+  """Mean of `values` where `mask` is True; zero when it is nowhere."""
+  return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)

@@ -1,0 +1,1 @@
+"""One loop for all stages: state, optimizer, sharding, checkpoints, metrics."""

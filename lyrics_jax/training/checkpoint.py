@@ -1,0 +1,93 @@
+"""Checkpoints of a run, with Orbax.
+
+    OUTPUT/config.json            the run's configuration
+    OUTPUT/frozen/                frozen parameters, written once
+    OUTPUT/checkpoints/STEP/      trained parameters, optimizer state, the position of every host's data iterator
+"""
+
+import json
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from lyrics_jax.config import Config
+from lyrics_jax.training.parameters import Parameters
+from lyrics_jax.training.step import TrainState
+from refiner_export import settings
+from refiner_export.settings import UserError, existing_path
+
+
+class Checkpoints:
+  """Reads and writes the checkpoints below one output directory."""
+
+  def __init__(self, output: str, keep: int = 2):
+    self.output = epath.Path(output).absolute()
+    self.manager = ocp.CheckpointManager(
+        self.output / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+
+  def latest(self) -> int | None:
+    return self.manager.latest_step()
+
+  def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
+    """Writes in the background; a half-written checkpoint is never taken for a whole one."""
+    step = int(state.step)
+    if self.latest() != step:
+      self.manager.save(step, args=ocp.args.Composite(
+          parameters=ocp.args.StandardSave(state.parameters), optimizer=ocp.args.StandardSave(state.optimizer),
+          data=grain.checkpoint.CheckpointSave(data)))
+
+  def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
+    """The newest checkpoint, laid out like `state`; `data` is moved to where it stood."""
+    step = self.latest()
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    try:
+      restored = self.manager.restore(step, args=ocp.args.Composite(
+          parameters=ocp.args.StandardRestore(abstract.parameters), optimizer=ocp.args.StandardRestore(abstract.optimizer),
+          data=grain.checkpoint.CheckpointRestore(data)))
+    except (ValueError, KeyError) as error:
+      raise UserError(f"checkpoint {self.output}/checkpoints/{step} does not fit this configuration; use the run's own "
+                      f"config.json or another config.output. ({' '.join(str(error).split())[:300]})") from error
+    return TrainState(jax.device_put(jax.numpy.int32(step), state.step.sharding), restored.parameters, restored.optimizer)
+
+  def restore_parameters(self, like: dict[str, jax.ShapeDtypeStruct] | None = None) -> Parameters:
+    """Trained parameters of the newest checkpoint, as saved, or laid out like `like` (with shardings)."""
+    return self.manager.restore(self.latest(), args=ocp.args.Composite(parameters=ocp.args.StandardRestore(like))).parameters
+
+  def reached_preemption(self, step: int) -> bool:
+    return self.manager.reached_preemption(step)
+
+  def close(self) -> None:
+    """Waits for the last write."""
+    self.manager.wait_until_finished()
+    self.manager.close()
+
+  def save_frozen(self, frozen: Parameters) -> None:
+    if frozen and not (self.output / "frozen").exists():
+      with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(self.output / "frozen", frozen)
+
+  def restore_frozen(self, like: dict[str, jax.ShapeDtypeStruct] | None = None) -> Parameters:
+    if not (self.output / "frozen").exists():
+      return {}
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(self.output / "frozen", like)
+
+  def save_config(self, config: Config) -> None:
+    if jax.process_index() == 0:
+      self.output.mkdir(parents=True, exist_ok=True)
+      temporary = self.output / "config.json.tmp"
+      temporary.write_text(config.to_json())
+      temporary.replace(self.output / "config.json")
+
+
+def open_run(output: str) -> tuple[Checkpoints, Config]:
+  """A finished or stopped run. Raises `UserError` when there is none."""
+  remedy = "Name the output directory of python -m lyrics_jax.train"
+  path = existing_path(output, "run", remedy)
+  config = settings.from_dict(Config, json.loads(existing_path(path / "config.json", "saved configuration", remedy).read_text()))
+  checkpoints = Checkpoints(output, config.keep_checkpoints)
+  if checkpoints.latest() is None:
+    raise UserError(f"no checkpoint in {output}/checkpoints: the run was stopped before its first one")
+  return checkpoints, config

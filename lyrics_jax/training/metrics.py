@@ -1,0 +1,79 @@
+"""What a run reports: a progress line or bar, `metrics.jsonl`, TensorBoard, and the loss curves as a picture."""
+
+import json
+import sys
+import time
+
+import jax
+from absl import logging
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Metrics:
+  """Writes the metrics of a run that begins, or goes on, at step `start`. Only the first host writes."""
+
+  def __init__(self, output: str, start: int, steps: int):
+    self.main = jax.process_index() == 0
+    if not self.main:
+      return
+    directory = epath.Path(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    self.path = directory / "metrics.jsonl"
+    self.lines = [entry for entry in read(output) if entry["step"] <= start]  # later ones will be computed again
+    self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+    self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
+    self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+    self.steps, self.started, self.start, self.last_logged = steps, time.monotonic(), start, start
+    self.tokens = self.images = 0
+    self.window = time.monotonic()
+
+  def count(self, tokens: int, images: int) -> None:
+    """Adds one step's global numbers of tokens and pictures to the throughput."""
+    if self.main:
+      self.tokens, self.images = self.tokens + tokens, self.images + images
+      if self.bar:
+        self.bar.update()
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Writes metrics of step `step`, with rates since the last call."""
+    if not self.main:
+      return
+    elapsed = max(time.monotonic() - self.window, 1e-9)
+    rates = {"tokens_per_second": self.tokens / elapsed, "images_per_second": self.images / elapsed}
+    self.tokens, self.images, self.window = 0, 0, time.monotonic()
+    values = {"step": step, **values, **rates}
+    self.lines.append(values)
+    with self.path.open("a") as file:
+      file.write(json.dumps(values) + "\n")
+    for name, value in values.items():
+      if name != "step":
+        self.board.add_scalar(name, value, step)
+    losses = "  ".join(f"{name} {value:.3f}" for name, value in values.items()
+                       if name in ("loss", "itc", "itm", "icg", "msp", "token_accuracy"))
+    if self.bar:
+      self.bar.set_postfix_str(losses)
+    else:
+      rate = (step - self.start) / (time.monotonic() - self.started)
+      left = (self.steps - step) / rate
+      logging.info("step %d/%d  %s  %.2f steps/s  %.0f tokens/s  %d:%02d left", step, self.steps, losses, rate,
+                   rates["tokens_per_second"], left // 60, left % 60)
+
+  def close(self) -> None:
+    if self.main:
+      self.board.close()
+      if self.bar:
+        self.bar.close()
+
+
+def read(output: str) -> list[dict[str, float]]:
+  """The metrics of a run so far; a line cut off by a kill is left out."""
+  path = epath.Path(output) / "metrics.jsonl"
+  entries = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      entries.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return entries

@@ -1,0 +1,48 @@
+"""The sharding plan: one mesh `(data, fsdp, tensor)` and one table from logical to mesh axes.
+
+Batches are split over `data` and `fsdp`; parameters over `fsdp` along the model's width and over `tensor` along heads, MLP
+and vocabulary; everything else is on every device. A dimension that does not divide is an error, never replicated in silence.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lyrics_jax.config import MeshConfig
+from refiner_export.settings import require
+
+MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXIS_OF = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", None: None}
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+  """The mesh over all devices. Raises `UserError` when the axes do not multiply to their number."""
+  devices = jax.devices() if devices is None else devices
+  sizes = [config.data, config.fsdp, config.tensor]
+  known = int(np.prod([size for size in sizes if size != -1]))
+  sizes = [len(devices) // known if size == -1 else size for size in sizes]
+  require(int(np.prod(sizes)) == len(devices),
+          f"config.mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} does not give the {len(devices)} devices here")
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  require(batch_size % shards == 0, f"config.batch_size: {batch_size} examples per microbatch are not a multiple of the "
+                                    f"{shards} devices that config.mesh.data x config.mesh.fsdp splits them over")
+
+
+def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...], logical_axes: tuple[str | None, ...]) -> NamedSharding:
+  """Where a parameter lies. `logical_axes` name the last dimensions; leading ones (the scanned layers) are not split."""
+  axes = (None,) * (len(shape) - len(logical_axes)) + tuple(MESH_AXIS_OF[name] for name in logical_axes)
+  for size, axis, name in zip(shape, axes, (None,) * (len(shape) - len(logical_axes)) + logical_axes):
+    require(axis is None or size % mesh.shape[axis] == 0,
+            f"config.mesh.{axis}={mesh.shape.get(axis)} does not divide dimension {name!r} ({size}) of parameter {path}")
+  return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def global_batch(mesh: Mesh, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  """Puts this host's part of a batch on its devices; the result is the batch of all hosts."""
+  sharding = NamedSharding(mesh, BATCH)
+  return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in local.items()}

@@ -1,0 +1,1 @@
+"""Runs the visual refiner once over images and text and writes training records."""

@@ -1,0 +1,61 @@
+"""What the pipeline asks of a visual refiner: three parts, each of which takes a batch of pictures at once."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from refiner_export.sources.base import SourceObject
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """An upright RGB picture; `objects` are its source's annotations, empty for a photo that nobody annotated."""
+  image: Image.Image
+  objects: tuple[SourceObject, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Tags:
+  """What is in a picture, best first: lower-case names and float32 (T,) scores in [0, 1]."""
+  names: tuple[str, ...]
+  scores: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+  """Where it is: K objects in descending score, and N rows of features for the whole picture; arrays are float32."""
+  tags: tuple[str, ...]        # K
+  boxes: np.ndarray            # (K, 4) xyxy in [0, 1]
+  scores: np.ndarray           # (K,)
+  row_features: np.ndarray     # (N, 256)
+  row_boxes: np.ndarray        # (N, 4) cxcywh in [0, 1]
+
+
+class Tagger(Protocol):
+  def tag(self, pictures: Sequence[Picture]) -> list[Tags]:
+    """Names what each picture shows."""
+
+
+class Detector(Protocol):
+  rows: int
+
+  def detect(self, pictures: Sequence[Picture], tags: Sequence[Tags]) -> list[Detections]:
+    """Finds the tagged objects of each picture, and gives `rows` feature rows that cover it."""
+
+
+class Segmenter(Protocol):
+  def segment(self, pictures: Sequence[Picture], detections: Sequence[Detections]) -> list[np.ndarray]:
+    """One float32 (K, 256) per picture: a feature of each detected object under its mask."""
+
+
+class Refiner(Protocol):
+  """Settings that bundle the three parts."""
+  tagger: Tagger
+  detector: Detector
+  segmenter: Segmenter
+
+  def describe(self) -> dict:
+    """Everything that decides the features, with the refiner's name: what the fingerprint hashes."""
