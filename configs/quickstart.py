@@ -18,4 +18,4 @@ def data() -> DataConfig:
       records="runs/quickstart/records",
       mq_former_tokenizer="runs/quickstart/tokenizers/mq_former",
       llm_tokenizer="runs/quickstart/tokenizers/llm",
-      spatial_length=128, caption_length=40, llm_length=288)
+      spatial_length=128, caption_length=40, llm_length=112, buckets=(1.0,))

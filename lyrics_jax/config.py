@@ -117,6 +117,7 @@ class AlignConfig(Settings):
   """Stage 1, representation alignment: L = L_itc + L_itm + L_icg + L_msp (paper section 3.3)."""
   label_smoothing: float = 0.1  # on ITC, ICG and MSP
   temperature: float = 0.07  # initial; learnt
+  itm_negatives: Literal["global", "local"] = "global"  # drawn from the global batch, or from the device's own pairs
   mask_probability: float = 0.15  # of masking a whole object in MSP
 
 
@@ -140,6 +141,7 @@ class DataConfig(Settings):
   spatial_length: int = 384
   caption_length: int = 96  # caption in stage 1, instruction in stage 2
   llm_length: int = 512  # conversation of stage 2, the 64 image positions included
+  buckets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # shares of these lengths that batches are cut to; one compilation each
   coordinates: Literal["decimal", "integer"] = "decimal"  # 0.125 or 125 of 1000
   crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the area kept by the random resized crop; (1, 1) = no crop
   flip: bool = True
@@ -149,6 +151,8 @@ class DataConfig(Settings):
   def check(self, path):
     low, high = self.crop_scale
     require(0 < low <= high <= 1, f"{path}.crop_scale={self.crop_scale} must satisfy 0 < low <= high <= 1")
+    require(bool(self.buckets) and self.buckets[-1] == 1 and list(self.buckets) == sorted(set(self.buckets)) and self.buckets[0] > 0,
+            f"{path}.buckets={self.buckets} must be ascending shares in (0, 1] that end with 1.0")
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -188,7 +192,7 @@ class Config(Settings):
   """One run of `python -m lyrics_jax.train`."""
   stage: Literal["align", "instruct"] = "align"
   output: str = ""  # directory of checkpoints, metrics and the saved configuration
-  init_from: str = ""  # output directory of an earlier run whose parameters this one starts from
+  init_from: str = ""  # what this run starts from: output directory of an earlier run, or BLIP-2 weights (LAVIS .pth, .safetensors, HF directory)
   seed: int = 0
   steps: int = 800_000
   batch_size: int = 512  # global, over all hosts and microbatches

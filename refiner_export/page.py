@@ -1,12 +1,15 @@
 """What every page of pictures shares: the look, the boxes over a photo, and texts that refer to them."""
 
+import base64
 import dataclasses
 import pathlib
 
 import jinja2
 import numpy as np
 
+from refiner_export.manifest import Manifest
 from refiner_export.record import BOX_PLACEHOLDER, Record
+from refiner_export.sources import photos
 
 # Readable both as a line on a photo and behind white text.
 COLOURS = ("#d1495b", "#2a6fdb", "#2e8b57", "#b8651b", "#7b4fc9", "#0f8a8a", "#b03a83",
@@ -16,7 +19,7 @@ _UNNAMED = "#6b7280"
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-  """A box to draw, in percent of the picture."""
+  """A box to draw, in percent of the picture; the label of a dashed one is at its end, not at its start."""
   label: str
   colour: str
   left: float
@@ -49,9 +52,12 @@ def render(template: pathlib.Path, **values) -> str:
   return environment.get_template(template.name).render(values)
 
 
-def large_first(boxes: list[Box]) -> list[Box]:
-  """The order of drawing: small boxes over large ones."""
-  return sorted(boxes, key=lambda box: -box.width * box.height)
+def card(record: Record, boxes: list[Box], manifest: Manifest) -> dict:
+  """What `card.html.jinja` needs of a record, with the boxes in the order of drawing: small ones over large ones."""
+  credits = photos.credits() if manifest.source == photos.Photos.name else {}
+  return {"id": record.id, "credit": credits.get(record.id, ""), "width": record.width, "height": record.height,
+          "image": base64.b64encode(record.image).decode(),
+          "boxes": sorted(boxes, key=lambda box: -box.width * box.height)}
 
 
 def object_colour(number: int) -> str:

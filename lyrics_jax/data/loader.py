@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from lyrics_jax.config import Config
+from lyrics_jax.data import buckets
 from lyrics_jax.data.align_examples import AlignExamples
 from lyrics_jax.data.instruct_examples import InstructExamples
 from lyrics_jax.data.tokenizers import load_llm_tokenizer, load_mq_former_tokenizer, require_vocabulary
@@ -65,7 +66,10 @@ def make_examples(config: Config) -> AlignExamples | InstructExamples:
 
 def train_batches(config: Config, records: Records, process_index: int = 0,
                   process_count: int = 1) -> grain.DatasetIterator:
-  """Endless batches of `config.batch_size / process_count` examples for this host.
+  """Endless batches of `config.batch_size / process_count` examples for this host, texts at their full lengths.
+
+  With several `config.data.buckets` a host's examples of a few batches are sorted by text length among those batches (see
+  `buckets`); which examples meet in a step then depends on the number of hosts.
 
   The iterator's `get_state()` is a small JSON-able dictionary; `set_state` resumes right after the batch that was last
   taken when the state was read.
@@ -76,7 +80,8 @@ def train_batches(config: Config, records: Records, process_index: int = 0,
   if config.data.shuffle:
     items = items.shuffle()
   examples = items.repeat().random_map(make_examples(config))
-  return _batch(config, examples, config.batch_size // process_count, process_index, process_count)
+  batch = _batch if len(config.data.buckets) == 1 else _batch_by_length
+  return batch(config, examples, config.batch_size // process_count, process_index, process_count)
 
 
 def eval_batches(config: Config, records: Records, batch_size: int, process_index: int = 0,
@@ -106,3 +111,31 @@ def _batch(config: Config, examples: grain.MapDataset, batch_size: int, process_
   # Whole batches wait in the buffer, each of them large: one ready for every one in the making is enough.
   options = grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=2 * config.data.workers)
   return iter(batches.to_iter_dataset(options))
+
+
+class _SortWindow(grain.transforms.RandomMap):
+  """Examples of a window -> its batches, sorted by text length, in random order."""
+
+  def __init__(self, batch_size: int):
+    self._batch_size = batch_size
+
+  def random_map(self, examples: list[dict], rng: np.random.Generator) -> list[Batch]:
+    order = rng.permutation(len(examples) // self._batch_size)
+    return [collate(batch) for batch in buckets.sorted_batches(examples, self._batch_size, order)]
+
+
+class _Unpack(grain.experimental.FlatMapTransform):
+  """A list of batches -> one after the other."""
+  max_fan_out = buckets.WINDOW
+
+  def flat_map(self, batches: list[Batch]) -> list[Batch]:
+    return batches
+
+
+def _batch_by_length(config: Config, examples: grain.MapDataset, batch_size: int, process_index: int,
+                     process_count: int) -> grain.DatasetIterator:
+  options = grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=2 * batch_size)
+  windows = examples[process_index::process_count].to_iter_dataset(options).batch(
+      buckets.WINDOW * batch_size, drop_remainder=True, batch_fn=list)
+  batches = windows.random_map(_SortWindow(batch_size), seed=config.seed)
+  return iter(grain.experimental.FlatMapIterDataset(batches, _Unpack()))

@@ -79,7 +79,7 @@ class RMSNorm(nnx.Module):
 
 def split_heads(x: Array, heads: int) -> Array:
   """[..., T, H*d] -> [..., T, H, d]."""
-  return x.reshape(*x.shape[:-1], heads, -1)
+  return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
 def merge_heads(x: Array) -> Array:

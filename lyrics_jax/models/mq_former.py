@@ -36,11 +36,27 @@ class Sources:
   grounding: KeyValue
   grounding_valid: Array
 
-  def take(self, pictures: Array) -> "Sources":
-    """The sources of the pictures with these indices, int32[N]."""
-    pick = lambda a: jnp.take(a, pictures, axis=1)
-    return Sources(jax.tree.map(pick, self.visual), jax.tree.map(pick, self.grounding),
-                   jnp.take(self.grounding_valid, pictures, axis=0))
+  def matching(self, negatives: Array, blocks: int) -> "Sources":
+    """The sources of 3B pairs: each picture, its negative (int32[B]) and itself again, next to each other.
+
+    The rows of one picture stay on its device; what travels are the negatives (see `take`).
+    """
+    triple = lambda own, negative, axis: jnp.stack([own, negative, own], axis + 1).reshape(
+        *own.shape[:axis], -1, *own.shape[axis + 1:])
+    kv = lambda a: triple(a, jax.vmap(lambda layer: take(layer, negatives, blocks))(a), 1)
+    return Sources(jax.tree.map(kv, self.visual), jax.tree.map(kv, self.grounding),
+                   triple(self.grounding_valid, take(self.grounding_valid, negatives, blocks), 0))
+
+
+def take(rows: Array, index: Array, blocks: int) -> Array:
+  """rows[index] along axis 0, [B, ...] and int32[B].
+
+  With `blocks` > 1 an index stays within its own block of B / blocks rows: where each device holds a block, nothing travels.
+  """
+  size = rows.shape[0] // blocks
+  local = (index - jnp.arange(rows.shape[0]) // size * size).reshape(blocks, size)
+  taken = jax.vmap(lambda block, i: jnp.take(block, i, axis=0))(rows.reshape(blocks, size, *rows.shape[1:]), local)
+  return taken.reshape(rows.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -55,8 +71,10 @@ class Text:
   positions: Array
   segments: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
-  def take(self, rows: Array) -> "Text":
-    return Text(self.ids[rows], self.valid[rows], self.positions[rows], self.segments)
+  def matching(self, negatives: Array, blocks: int) -> "Text":
+    """The texts of the 3B pairs of `Sources.matching`: each text twice, then its picture's negative (int32[B])."""
+    triple = lambda own: jnp.stack([own, own, take(own, negatives, blocks)], 1).reshape(-1, *own.shape[1:])
+    return Text(triple(self.ids), triple(self.valid), triple(self.positions), self.segments)
 
 
 def spatial_and_caption(spatial: tuple[Array, Array] | None, caption: tuple[Array, Array] | None, restart: bool) -> Text:

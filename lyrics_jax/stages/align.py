@@ -46,11 +46,16 @@ class Align:
         "itc": itc(similarity, smoothing),
         # Evaluation draws its negatives from a fixed key, so that two runs agree.
         "itm": itm(model, sources, text, similarity, batch["caption_ids"],
-                   jax.random.key(0) if key is None else negatives_key, itm_key),
+                   jax.random.key(0) if key is None else negatives_key, itm_key, self._blocks()),
         "icg": icg(model, context, batch, smoothing, icg_key),
         "msp": msp(model, context, batch, smoothing, msp_key),
     }
     return Loss(sum(losses.values()), jnp.float32(1), losses | {"temperature": model.temperature[...]})
+
+  def _blocks(self) -> int:
+    """Within how many blocks of the batch negatives are drawn: one, or one per batch shard of the mesh in use."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return 1 if self.config.align.itm_negatives == "global" else sizes.get("data", 1) * sizes.get("fsdp", 1)
 
 
 def image_features(model: LyricsForAlignment, queries: Array) -> Array:
@@ -80,38 +85,42 @@ def itc(similarity: Array, smoothing: float) -> Array:
   return (cross_entropy(similarity, targets, smoothing).mean() + cross_entropy(similarity.T, targets, smoothing).mean()) / 2
 
 
-def hard_negatives(similarity: Array, caption_ids: Array, key: Array) -> tuple[Array, Array, Array]:
+def hard_negatives(similarity: Array, caption_ids: Array, key: Array, blocks: int = 1) -> tuple[Array, Array, Array]:
   """Draws for each pair a negative picture and a negative text by the softmax of their similarity.
 
-  Never the pair itself, nor one with the identical caption. Returns (pictures int32[B], texts int32[B], found bool[B]);
-  `found` is False where the batch holds no candidate.
+  Never the pair itself, nor one with the identical caption; with `blocks` > 1 only within the pair's own block of
+  B / blocks pairs. Returns (pictures int32[B], texts int32[B], found bool[B]); `found` is False where there is no candidate.
   """
-  same = (caption_ids[:, None] == caption_ids[None]).all(-1)
-  weights = jnp.where(same, -jnp.inf, jax.lax.stop_gradient(similarity).astype(jnp.float32))
+  count = similarity.shape[0]
+  block = jnp.arange(count) // (count // blocks)
+  barred = (caption_ids[:, None] == caption_ids[None]).all(-1) | (block[:, None] != block[None])
+  weights = jnp.where(barred, -jnp.inf, jax.lax.stop_gradient(similarity).astype(jnp.float32))
+  found = ~barred.all(-1)
+  own = jnp.arange(count)
   picture_key, text_key = jax.random.split(key)
-  pictures = jax.random.categorical(picture_key, weights.T, axis=-1)
-  texts = jax.random.categorical(text_key, weights, axis=-1)
-  return pictures, texts, ~same.all(-1)
+  pictures = jnp.where(found, jax.random.categorical(picture_key, weights.T, axis=-1), own)
+  texts = jnp.where(found, jax.random.categorical(text_key, weights, axis=-1), own)
+  return pictures, texts, found
 
 
 def itm(model: LyricsForAlignment, sources: Sources, text: Text, similarity: Array, caption_ids: Array,
-        negatives_key: Array, key: Array | None) -> Array:
+        negatives_key: Array, key: Array | None, blocks: int = 1) -> Array:
   """Image-text matching: L_itm = E[CE(p(V), y) + CE(p(G), y)] / 2, y = 1 for the pair, 0 for its two hard negatives.
 
-  p is one classifier over mean(V), which saw the caption, and over mean(G), which saw the spatial representation.
-  Negatives come from the global batch: on a mesh the drawn pictures' cross-attention keys and values and the drawn texts'
-  ids travel between devices.
+  p is one classifier over mean(V), which saw the caption, and over mean(G), which saw the spatial representation. The
+  pictures' cross-attention keys and values are reused, not computed again.
+
+  What travels between devices: the [B, B] similarity; with global negatives (`blocks` = 1) also the texts' ids and the
+  cross-attention keys and values of the whole batch, of which each device picks its negatives; with `blocks` = the number
+  of batch shards (config.align.itm_negatives = "local") neither: each device draws from its own pairs.
   """
-  count = similarity.shape[0]
-  own = jnp.arange(count)
-  pictures, texts, found = hard_negatives(similarity, caption_ids, negatives_key)
-  sources = sources.take(jnp.concatenate([own, pictures, own]))
-  text = text.take(jnp.concatenate([own, own, texts]))
-  queries, _ = model.perception.mq_former.joint_pass(sources, text, masks.ITM, key)
+  pictures, texts, found = hard_negatives(similarity, caption_ids, negatives_key, blocks)
+  queries, _ = model.perception.mq_former.joint_pass(
+      sources.matching(pictures, blocks), text.matching(texts, blocks), masks.ITM, key)
   logits = jnp.stack([model.itm(pooled) for pooled in model.perception.mq_former.pool(queries)])
-  targets = jnp.repeat(jnp.array([1, 0, 0]), count)
-  used = jnp.concatenate([jnp.ones(count, bool), found, found])
-  return masked_mean(cross_entropy(logits, jnp.broadcast_to(targets, (2, 3 * count))), jnp.broadcast_to(used, (2, 3 * count)))
+  targets = jnp.tile(jnp.array([1, 0, 0]), len(found))
+  used = jnp.stack([jnp.ones_like(found), found, found], 1).reshape(-1)
+  return masked_mean(cross_entropy(logits, jnp.broadcast_to(targets, logits.shape[:2])), jnp.broadcast_to(used, logits.shape[:2]))
 
 
 def icg(model: LyricsForAlignment, context: KeyValue, batch: Batch, smoothing: float, key: Array | None) -> Array:

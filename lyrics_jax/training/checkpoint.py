@@ -1,6 +1,7 @@
 """Checkpoints of a run, with Orbax.
 
     OUTPUT/config.json            the run's configuration
+    OUTPUT/manifest.json          the manifest of the records it is trained on
     OUTPUT/frozen/                frozen parameters, written once
     OUTPUT/checkpoints/STEP/      trained parameters, optimizer state, the position of every host's data iterator
 """
@@ -16,6 +17,7 @@ from lyrics_jax.config import Config
 from lyrics_jax.training.parameters import Parameters
 from lyrics_jax.training.step import TrainState
 from refiner_export import settings
+from refiner_export.manifest import MANIFEST, Manifest
 from refiner_export.settings import UserError, existing_path
 
 
@@ -74,20 +76,33 @@ class Checkpoints:
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(self.output / "frozen", like)
 
-  def save_config(self, config: Config) -> None:
+  def save_config(self, config: Config, manifest: Manifest) -> None:
+    """Writes what the parameters alone do not say: the configuration, and how the records were made."""
     if jax.process_index() == 0:
       self.output.mkdir(parents=True, exist_ok=True)
+      manifest.save(self.output)
       temporary = self.output / "config.json.tmp"
       temporary.write_text(config.to_json())
       temporary.replace(self.output / "config.json")
 
 
+def saved_config(output: str) -> Config:
+  """The configuration of a run. Raises `UserError` when there is none."""
+  remedy = "Name the output directory of python -m lyrics_jax.train"
+  path = existing_path(output, "run", remedy) / "config.json"
+  return settings.from_dict(Config, json.loads(existing_path(path, "saved configuration", remedy).read_text()))
+
+
 def open_run(output: str) -> tuple[Checkpoints, Config]:
   """A finished or stopped run. Raises `UserError` when there is none."""
-  remedy = "Name the output directory of python -m lyrics_jax.train"
-  path = existing_path(output, "run", remedy)
-  config = settings.from_dict(Config, json.loads(existing_path(path / "config.json", "saved configuration", remedy).read_text()))
+  config = saved_config(output)
   checkpoints = Checkpoints(output, config.keep_checkpoints)
   if checkpoints.latest() is None:
     raise UserError(f"no checkpoint in {output}/checkpoints: the run was stopped before its first one")
   return checkpoints, config
+
+
+def trained_manifest(output: str, config: Config) -> Manifest:
+  """The manifest of the records a run was trained on: the run's own copy, which needs no records beside it."""
+  copied = epath.Path(output) / MANIFEST
+  return Manifest.load(output if copied.exists() else config.data.records)

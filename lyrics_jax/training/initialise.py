@@ -4,13 +4,16 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
+from lyrics_jax.hf import blip2
+from lyrics_jax.hf.read import holds_weights
+from lyrics_jax.hf.table import UNKNOWN, Found, part
 from lyrics_jax.training.checkpoint import Checkpoints, open_run
 from lyrics_jax.training.parameters import ParameterPlan, Parameters
-from refiner_export.settings import require
+from refiner_export.settings import existing_path, require
 
 
 def initial_parameters(plan: ParameterPlan, mesh: Mesh, checkpoints: Checkpoints) -> tuple[Parameters, Parameters]:
-  """(trained, frozen): fresh ones, replaced by `config.init_from`'s where names and shapes agree, and the run's own frozen ones."""
+  """(trained, frozen): fresh ones, replaced by what `config.init_from` has for them, and the run's own frozen ones."""
   config = plan.stage.config
   shardings = plan.shardings(mesh)
   trained, frozen = plan.initialise(mesh, config.seed)
@@ -22,6 +25,19 @@ def initial_parameters(plan: ParameterPlan, mesh: Mesh, checkpoints: Checkpoints
 
 
 def _inherit(plan: ParameterPlan, fresh: Parameters, source: str, shardings) -> Parameters:
+  path = existing_path(source, "config.init_from", "Name the output directory of an earlier run, or BLIP-2's weights: a file, or a "
+                                                   "Hugging Face directory")
+  found = blip2.load(path, plan.stage.config.model, plan.shapes) if holds_weights(path) else _earlier_run(source, fresh)
+  logging.info("parameters from %s\n%s", source, found.report(plan.shapes))
+  if UNKNOWN in found.left_over:
+    logging.warning("%s: unknown, and not loaded: %s", source, ", ".join(found.left_over[UNKNOWN]))
+  at_random = {part(path) for path in plan.paths(trained=False) if path not in found.values}
+  if at_random:
+    logging.warning("frozen with random values, because %s has nothing for it: %s", source, ", ".join(sorted(at_random)))
+  return fresh | {path: _placed(value, fresh[path], shardings[path]) for path, value in found.values.items()}
+
+
+def _earlier_run(source: str, fresh: Parameters) -> Found:
   earlier, _ = open_run(source)
   saved = earlier.restore_parameters() | earlier.restore_frozen()
   earlier.close()
@@ -30,10 +46,11 @@ def _inherit(plan: ParameterPlan, fresh: Parameters, source: str, shardings) -> 
     require(value.shape == fresh[path].shape, f"config.init_from={source}: parameter {path} has shape {value.shape} there, "
                                               f"{fresh[path].shape} here; make config.model agree")
   require(bool(taken), f"config.init_from={source}: no parameter of that run has a place in this model")
-  logging.info("%d parameters from %s; initialised: %s; left over: %s", len(taken), source,
-               _parts(set(fresh) - set(taken)), _parts(set(saved) - set(taken)))
-  return fresh | {path: jax.device_put(value.astype(fresh[path].dtype), shardings[path]) for path, value in taken.items()}
+  left_over = sorted(set(saved) - set(taken))
+  return Found(taken, {"without a place in this model": left_over} if left_over else {})
 
 
-def _parts(paths: set[str]) -> str:
-  return ", ".join(sorted({path.split("/")[0] for path in paths})) or "none"
+def _placed(value, fresh: jax.Array, sharding) -> jax.Array:
+  """The value like `fresh` in dtype and place; with fewer rows, the rest are those of `fresh`."""
+  value = value.astype(fresh.dtype)
+  return jax.device_put(value if value.shape == fresh.shape else fresh.at[:len(value)].set(value), sharding)

@@ -9,8 +9,10 @@ import signal
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from lyrics_jax.config import Config
+from lyrics_jax.data.buckets import bucket_of, cut
 from lyrics_jax.data.loader import open_records, train_batches
 from lyrics_jax.stages import make_stage
 from lyrics_jax.training.checkpoint import Checkpoints
@@ -40,12 +42,13 @@ def train(config: Config) -> None:
   plan.shardings(mesh)
 
   # --- data ---
-  data = train_batches(config, open_records(config), jax.process_index(), jax.process_count())
+  records = open_records(config)
+  data = train_batches(config, records, jax.process_index(), jax.process_count())
 
   # --- parameters: from this run's newest checkpoint, an earlier run, or fresh ---
   logging.info("parameters\n%s", plan.report())
   checkpoints = Checkpoints(config.output, config.keep_checkpoints)
-  checkpoints.save_config(config)
+  checkpoints.save_config(config, records.manifest)
   trained, frozen = initial_parameters(plan, mesh, checkpoints)
   checkpoints.save_frozen(frozen)
   state = initial_state(plan, optimizer, mesh, trained)
@@ -59,11 +62,18 @@ def train(config: Config) -> None:
   key = jax.random.key(config.seed)
   metrics = Metrics(config.output, start, config.steps)
   preempted = _watch_for_preemption()
+  compiled = set()  # buckets of text length met so far
   pending = None  # (step, its metrics on the device, its examples' ids)
   with jax.set_mesh(mesh):
     for step in range(start + 1, config.steps + 1):
       batch = next(data)
       ids = batch.pop("ids")
+      bucket = _agree(bucket_of(config.data, batch))
+      if bucket not in compiled:
+        compiled.add(bucket)
+        logging.info("step %d: compiling for texts of %g of their full length (%d of at most %d compilations)", step,
+                     config.data.buckets[bucket], len(compiled), len(config.data.buckets))
+      batch = cut(config.data, batch, bucket)
       state, values = train_step(state, frozen, global_batch(mesh, batch), key)
       metrics.count(_tokens(batch) * jax.process_count(), config.batch_size)
       if pending is not None:
@@ -94,6 +104,11 @@ def _finish(metrics: Metrics, config: Config, step: int, values: dict[str, jax.A
 def _tokens(batch: dict[str, np.ndarray]) -> int:
   """Text tokens of this host's part of a batch, padding not counted."""
   return sum(int(value.sum()) for name, value in batch.items() if name.endswith("_mask") and name not in ("detection_mask", "masks_mask"))
+
+
+def _agree(bucket: int) -> int:
+  """The largest of all hosts' buckets: one global batch has one shape."""
+  return bucket if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(bucket)).max())
 
 
 def _watch_for_preemption():

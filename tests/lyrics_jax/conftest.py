@@ -64,7 +64,7 @@ def tokenizer_directory(records, tmp_path_factory) -> str:
   return directory
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(tokenizer_directory):
   """A small configuration; keyword arguments replace fields of `Config`, or, given as a dictionary, of a part of it."""
 

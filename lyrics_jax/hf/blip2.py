@@ -1,0 +1,171 @@
+"""BLIP-2's Q-Former (Li et al. 2023), from which the MQ-Former starts: the names of its weights.
+
+Two layouts are read: LAVIS' (`blip2_pretrained_vitL.pth`, with CLIP's image encoder in OpenAI's names where it is included)
+and Hugging Face's (`Blip2ForImageTextRetrieval`, `Blip2QFormerModel`, `InstructBlipQFormerModel`). The table is written in LAVIS' names;
+`lavis_name` translates the others. What BLIP-2 lacks (grounding queries and their cross-attention, local tokens, the rows of added
+words) stays as initialised.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from lyrics_jax.config import ModelConfig
+from lyrics_jax.hf.read import Tensor, read_tensors
+from lyrics_jax.hf.table import PLAIN, TRANSPOSED, UNKNOWN, Entry, Form, Found, assemble, part
+from refiner_export.settings import require
+
+FORMER, BERT = "perception/mq_former", "Qformer.bert"
+VISION, CLIP = "perception/vision", "visual_encoder"
+WORDS = f"{BERT}.embeddings.word_embeddings.weight"
+TIED = {"Qformer.cls.predictions.decoder.weight": WORDS, "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias"}
+
+# --- our modules -> theirs ---
+_ATTENTION = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense", "norm": "output.LayerNorm"}
+LAYER = ({f"self_attention/{ours}": f"attention.{theirs}" for ours, theirs in _ATTENTION.items()}
+         | {f"visual_attention/{ours}": f"crossattention.{theirs}" for ours, theirs in _ATTENTION.items()}
+         | {"query_mlp/up": "intermediate_query.dense", "query_mlp/down": "output_query.dense",
+            "query_mlp/norm": "output_query.LayerNorm", "text_mlp/up": "intermediate.dense", "text_mlp/down": "output.dense",
+            "text_mlp/norm": "output.LayerNorm"})
+CLIP_BLOCK = {"attention_norm": "ln_1", "o": "attn.out_proj", "mlp_norm": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+MODULES = {
+    f"{FORMER}/words": f"{BERT}.embeddings.word_embeddings",
+    f"{FORMER}/positions": f"{BERT}.embeddings.position_embeddings",
+    f"{FORMER}/norm": f"{BERT}.embeddings.LayerNorm",
+    "perception/image_norm": "ln_vision",
+    "lm_head/dense": "Qformer.cls.predictions.transform.dense",
+    "lm_head/norm": "Qformer.cls.predictions.transform.LayerNorm",
+    "itm": "itm_head",
+    f"{VISION}/input_norm": f"{CLIP}.ln_pre",
+}
+LEAVES = {"kernel": ("weight", TRANSPOSED), "embedding": ("weight", PLAIN), "scale": ("weight", PLAIN), "bias": ("bias", PLAIN)}
+
+# --- our single parameters -> theirs ---
+_QUERIES = Form(lambda shape: (1, *shape), lambda a: a[0])
+_PATCH = Form(lambda shape: (shape[1], 3, *[math.isqrt(shape[0] // 3)] * 2),  # [D, 3, p, p] <-> [p * p * 3, D]
+              lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]))
+PARAMETERS = {
+    f"{FORMER}/queries": ("query_tokens", _QUERIES),
+    "lm_head/bias": ("Qformer.cls.predictions.bias", PLAIN),
+    "temperature": ("temp", PLAIN),
+    f"{VISION}/patch/kernel": (f"{CLIP}.conv1.weight", _PATCH),
+    f"{VISION}/class_token": (f"{CLIP}.class_embedding", PLAIN),
+    f"{VISION}/positions": (f"{CLIP}.positional_embedding", PLAIN),
+}
+# One tensor holds the kernels, another the biases, of query, key and value below each other.
+_THIRDS = {name: Form(lambda shape: (3 * shape[-1], *shape[:-1]), lambda a, n=n: np.split(a, 3)[n].T) for n, name in enumerate("qkv")}
+
+REQUIRED = frozenset(f"mq_former/{name}" for name in ("norm", "self_attention", "visual_attention", "query_mlp"))
+LEFT_OVER = {
+    "contrastive heads, which here read two pooled vectors": r"(vision|text)_proj\..*",
+    "heads of stage 1": r"Qformer\.cls\..*|itm_head\..*|temp",
+    "output words, tied to the word embedding": r"Qformer\.cls\.predictions\.decoder\..*",
+    "position numbers": r".*\.position_ids",
+    "an image encoder that is not CLIP": rf"vision_model\..*|{CLIP}\.(cls_token|pos_embed|patch_embed|blocks)\b.*",
+    "a language model": r"language_(model|projection)\..*",
+}
+_FROM_HF = (
+    (r"^(qformer\.)?(embeddings\.)?layernorm\.", f"{BERT}.embeddings.LayerNorm."),
+    (r"^(qformer\.)?(embeddings|encoder)\.", rf"{BERT}.\2."),
+    (r"attention\.attention\.", "attention.self."),
+    (r"^(vision|text)_projection\.", r"\1_proj."),
+)
+
+
+def lavis_name(name: str) -> str:
+  """LAVIS' name of a tensor that Hugging Face or LAVIS calls `name`."""
+  for pattern, replacement in _FROM_HF:
+    name = re.sub(pattern, replacement, name)
+  return name
+
+
+def load(path: epath.Path, config: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Found:
+  """What the BLIP-2 weights at `path` have for a model with parameters of these shapes, every tensor accounted for.
+
+  Raises `UserError` where the file or the configuration stands in the way; nothing is loaded by halves.
+  """
+  tensors = {lavis_name(name): tensor for name, tensor in read_tensors(path).items()}
+  _check_structure(str(path), tensors, config)
+  entries = {ours: entry for ours, shape in shapes.items() if (entry := _entry(ours, shape.shape, config)) is not None}
+  values = assemble(str(path), tensors, entries, REQUIRED, _remedy)
+  _check_tied(str(path), tensors)
+  used = {name for ours in values for name in entries[ours].names}
+  left_over = {}
+  for name in tensors:
+    if name not in used:
+      reason = next((reason for reason, pattern in reversed(LEFT_OVER.items()) if re.fullmatch(pattern, name)), UNKNOWN)
+      left_over.setdefault(reason, []).append(name)
+  return Found(values, left_over)
+
+
+def _entry(path: str, shape: tuple[int, ...], config: ModelConfig) -> Entry | None:
+  """Which tensors make up our parameter `path`; None where BLIP-2 has nothing like it."""
+  if path in PARAMETERS:
+    name, form = PARAMETERS[path]
+    shape = (config.mq_former.visual_queries, *shape[1:]) if form is _QUERIES else shape
+    return Entry((name,), form, shape, fewer_rows=path == "lm_head/bias")
+  module, _, leaf = path.rpartition("/")
+  if leaf not in LEAVES:
+    return None
+  suffix, form = LEAVES[leaf]
+  if module in MODULES:
+    return Entry((f"{MODULES[module]}.{suffix}",), form, shape, fewer_rows=module == f"{FORMER}/words")
+  if match := re.fullmatch(rf"{FORMER}/stack/blocks/layers/(\d+)/(.*)", module):
+    first, inner = int(match[1]), match[2]  # the layer's place in its group
+    numbers = range(first, config.mq_former.layers, config.mq_former.cross_attention_frequency)
+    names = tuple(f"{BERT}.encoder.layer.{n}.{LAYER[inner]}.{suffix}" for n in numbers) if inner in LAYER else ()
+  elif match := re.fullmatch(rf"{VISION}/stack/blocks/(.*)", module):
+    theirs, form = (f"attn.in_proj_{suffix}", _THIRDS[match[1]]) if match[1] in _THIRDS else (f"{CLIP_BLOCK[match[1]]}.{suffix}", form)
+    names = tuple(f"{CLIP}.transformer.resblocks.{n}.{theirs}" for n in range(config.vision.layers))
+  else:
+    names = ()
+  return Entry(names, form, shape[1:], stacked=True) if names else None
+
+
+def _check_structure(source: str, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+  """What the names alone tell: layers, and which of them have cross-attention."""
+  former, vision = config.mq_former, config.vision
+  layers = _numbers(tensors, rf"{BERT}\.encoder\.layer\.(\d+)\.")
+  require(bool(layers), f"{source}: no Q-Former in it; name a BLIP-2 checkpoint, such as LAVIS' blip2_pretrained_vitL.pth")
+  require(former.activation == "gelu", f"config.model.mq_former.activation={former.activation}: BLIP-2's weights, {source}, need "
+                                       f"gelu; set config.model.mq_former.activation=gelu")
+  require(layers[-1] + 1 == former.layers, f"{source}: the Q-Former has {layers[-1] + 1} layers, config.model.mq_former.layers="
+                                           f"{former.layers}; set config.model.mq_former.layers={layers[-1] + 1}")
+  cross = _numbers(tensors, rf"{BERT}\.encoder\.layer\.(\d+)\.crossattention\.")
+  frequency = cross[1] - cross[0] if len(cross) > 1 else former.layers
+  require(frequency == former.cross_attention_frequency,
+          f"{source}: cross-attention is in every {frequency}. layer, config.model.mq_former.cross_attention_frequency="
+          f"{former.cross_attention_frequency}; set config.model.mq_former.cross_attention_frequency={frequency}")
+  blocks = _numbers(tensors, rf"{CLIP}\.transformer\.resblocks\.(\d+)\.")
+  require(not blocks or blocks[-1] + 1 == vision.layers,
+          f"{source}: the image encoder has {blocks[-1] + 1 if blocks else 0} layers (BLIP-2 leaves CLIP's last out), "
+          f"config.model.vision.layers={vision.layers}; set config.model.vision.layers={blocks[-1] + 1 if blocks else 0}")
+
+
+def _numbers(names: Iterable[str], pattern: str) -> list[int]:
+  return sorted({int(match[1]) for name in names if (match := re.match(pattern, name))})
+
+
+def _check_tied(source: str, tensors: Mapping[str, Tensor]) -> None:
+  for copy, original in TIED.items():
+    if copy in tensors and original in tensors and not np.array_equal(tensors[copy].read(), tensors[original].read()):
+      logging.warning("%s: %s differs from %s; here they are one, and the latter is used", source, copy, original)
+
+
+def _remedy(path: str, there: tuple[int, ...]) -> str:
+  """What to do about a tensor of shape `there` that does not fit our parameter `path`."""
+  if part(path) == "mq_former/visual_attention" and "/k/" in path or "/v/" in path and "visual_attention" in path:
+    return (f"its image encoder is {there[-1]} wide (ViT-g: 1408): use the ViT-L checkpoint, blip2_pretrained_vitL.pth, or set "
+            f"config.model.vision.width={there[-1]}")
+  if path == f"{FORMER}/queries":
+    return f"set config.model.mq_former.visual_queries={there[-2]}"
+  if path in (f"{FORMER}/words/embedding", "lm_head/bias"):
+    return f"set config.model.mq_former.vocab_size to at least {there[0]}"
+  if path == f"{FORMER}/positions/embedding":
+    return f"set config.model.mq_former.max_positions={there[0]}"
+  return f"make config.model.{'vision' if part(path) == 'vision' else 'mq_former'} agree with the file"

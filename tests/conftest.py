@@ -1,0 +1,19 @@
+"""Set before JAX is imported anywhere: eight CPU devices, so that one machine shows what a mesh does; seeds that never change."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
+    # Programs here run once or twice: the compiler's own time is what they cost.
+    "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]).strip()
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+  random.seed(0)
+  np.random.seed(0)

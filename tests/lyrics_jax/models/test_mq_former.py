@@ -1,0 +1,103 @@
+"""The MQ-Former and the four losses of stage 1 against a plain reference that shares nothing with them."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from reference import Reference
+
+from lyrics_jax.models import masks
+from lyrics_jax.models.mq_former import spatial_and_caption
+from lyrics_jax.stages.align import hard_negatives, image_text_similarity
+
+VARIANTS = [  # cross-attention frequency, activation, whether the caption's positions restart
+    (2, "relu", True), (2, "gelu", False), (1, "gelu", True), (1, "relu", False)]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: f"frequency{v[0]}-{v[1]}-{'restart' if v[2] else 'continue'}")
+def case(request):
+  """What the package computes, jitted at once, and the reference of the same parameters and batch."""
+  frequency, activation, restart = request.param
+  config = tiny.make_config(model__mq_former__layers=4 if frequency == 2 else 2, batch_size=4,
+                            model__mq_former__cross_attention_frequency=frequency,
+                            model__mq_former__activation=activation, model__mq_former__restart_positions=restart)
+  plan = tiny.make_plan(config)
+  trained, frozen = tiny.make_parameters(plan, spread=0.2)
+  batch = tiny.make_batch(config)
+  batch["detection_mask"][0], batch["masks_mask"][0] = False, False  # a picture without any local token
+
+  def compute(trained, frozen, batch):
+    model = plan.model(trained, frozen)
+    mq_former = model.perception.mq_former
+    pair = lambda ids, mask: (batch[ids], batch[mask])
+    spatial, caption = pair("spatial_ids", "spatial_mask"), pair("caption_ids", "caption_mask")
+    both = spatial_and_caption(spatial, caption, restart)
+    sources = model.perception.look(batch)
+    queries, context = mq_former.query_pass(sources)
+    similarity = image_text_similarity(model, queries, both, None)
+    return {
+        "image_tokens": model.perception.image_norm(model.perception.vision(batch["image"], "float32")),
+        "queries": queries,
+        "itc_text": mq_former.text_pass(both, masks.ITC, None),
+        "icg_text": mq_former.text_pass(spatial_and_caption(None, pair("icg_ids", "caption_mask"), restart), masks.ICG, context),
+        "msp_text": mq_former.text_pass(spatial_and_caption(pair("msp_ids", "spatial_mask"), None, restart), masks.MSP, context),
+        "itm": mq_former.joint_pass(sources, both, masks.ITM),
+        "instruct": mq_former.joint_pass(sources, both, masks.INSTRUCT),
+        "similarity": similarity,
+        "negatives": hard_negatives(similarity, batch["caption_ids"], jax.random.key(0)),
+        "losses": plan.stage.loss(model, batch, None),
+    }
+
+  got = jax.device_get(jax.jit(compute)(trained, frozen, batch))
+  parameters = tiny.numpy(trained | frozen)
+  return got, Reference(parameters, config, got["image_tokens"].astype(np.float64), batch), batch
+
+
+def close(got, expected, valid=None):
+  """1e-5: float32 against float64 after 2 to 4 layers of outputs of size 1."""
+  got, expected = (np.asarray(a)[valid] if valid is not None else np.asarray(a) for a in (got, expected))
+  np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_contrastive_pass(case):
+  got, reference, batch = case
+  queries, spatial, caption = reference.run("itc", reference.spatial, reference.caption)
+  close(got["queries"], queries)
+  valid = np.concatenate([batch["spatial_mask"], batch["caption_mask"]], axis=1)
+  close(got["itc_text"], np.concatenate([spatial, caption], axis=1), valid)
+  np.testing.assert_allclose(got["similarity"], reference.similarity(), atol=1e-4)  # the temperature magnifies 14 times
+
+
+def test_generation_and_prediction_reuse_the_queries(case):
+  got, reference, batch = case
+  queries, _, caption = reference.run("icg", reference.absent(reference.spatial), (batch["icg_ids"], batch["caption_mask"]))
+  close(got["queries"], queries)
+  close(got["icg_text"], caption, batch["caption_mask"])
+  queries, spatial, _ = reference.run("msp", (batch["msp_ids"], batch["spatial_mask"]), reference.absent(reference.caption))
+  close(got["queries"], queries)
+  close(got["msp_text"], spatial, batch["spatial_mask"])
+
+
+@pytest.mark.parametrize("objective", ["itm", "instruct"])
+def test_joint_passes(case, objective):
+  got, reference, batch = case
+  queries, spatial, caption = reference.run(objective, reference.spatial, reference.caption)
+  close(got[objective][0], queries)
+  valid = np.concatenate([batch["spatial_mask"], batch["caption_mask"]], axis=1)
+  close(got[objective][1], np.concatenate([spatial, caption], axis=1), valid)
+
+
+@pytest.mark.parametrize("loss", ["itc", "itm", "icg", "msp"])
+def test_losses(case, loss):
+  got, reference, _ = case
+  pictures, texts, found = got["negatives"]
+  assert found.all() and (pictures != np.arange(4)).all() and (texts != np.arange(4)).all()
+  expected = reference.itm(pictures, texts) if loss == "itm" else getattr(reference, loss)()
+  # 1e-4: ITC divides float32 errors of 1e-6 by the temperature, 0.07.
+  assert float(got["losses"].metrics[loss]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_total_is_the_sum(case):
+  got, _, _ = case
+  metrics = got["losses"].metrics
+  assert float(got["losses"].value) == pytest.approx(sum(float(metrics[name]) for name in ("itc", "itm", "icg", "msp")), rel=1e-6)

@@ -1,0 +1,107 @@
+"""Stage 2: the picture's place in the conversation, which tokens count, what the MQ-Former hears."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lyrics_jax.stages.instruct import causal_mask
+
+VISUAL = ("detection", "detection_mask", "masks", "masks_mask")
+HEARD = ("spatial_ids", "spatial_mask", "instruction_ids", "instruction_mask")
+
+
+@pytest.fixture(scope="module")
+def batch(instruct):
+  return tiny.make_batch(instruct.plan.stage.config)
+
+
+@pytest.fixture(scope="module")
+def inside(instruct, batch):
+  """Soft tokens, the language model's input and its logits."""
+  stage = instruct.plan.stage
+
+  @jax.jit
+  def run(parameters, batch):
+    model = instruct.plan.model(*instruct.plan.split(parameters))
+    embeddings = stage.embed(model, batch, None)
+    positions = jnp.broadcast_to(jnp.arange(embeddings.shape[1]), embeddings.shape[:2])
+    hidden, _ = model.llm(embeddings, positions, causal_mask(batch["llm_mask"]))
+    return model.projection(stage.see(model, batch, None)), embeddings, model.llm.logits(hidden)
+
+  return [np.asarray(value) for value in run(instruct.parameters, batch)]
+
+
+def test_soft_tokens_stand_at_their_slots(instruct, batch, inside):
+  soft, embeddings, _ = inside
+  words = np.asarray(instruct.parameters["llm/words/embedding"])
+  assert soft.shape == (8, tiny.QUERIES, 16)
+  for row in range(8):
+    for place, slot in enumerate(batch["image_slot"][row]):
+      expected = soft[row, slot] if slot >= 0 else words[batch["llm_ids"][row, place]]
+      np.testing.assert_array_equal(embeddings[row, place], expected)
+
+
+def test_slots_may_stand_anywhere(instruct, batch, inside):
+  """In another order, elsewhere, or not at all: a record of text alone ignores its (black) picture."""
+  moved = batch | {"image_slot": np.full_like(batch["image_slot"], -1)}
+  moved["image_slot"][0, 3:7] = [3, 2, 1, 0]
+  stage = instruct.plan.stage
+  embed = jax.jit(lambda parameters, batch: stage.embed(instruct.plan.model(*instruct.plan.split(parameters)), batch, None))
+  embeddings = np.asarray(embed(instruct.parameters, moved))
+  np.testing.assert_allclose(embeddings[0, 3:7], inside[0][0, ::-1], rtol=1e-5, atol=1e-5)  # compiled apart
+  np.testing.assert_array_equal(embeddings[1:], np.asarray(instruct.parameters["llm/words/embedding"])[batch["llm_ids"][1:]])
+
+
+def test_only_the_assistants_tokens_count(instruct, batch, inside):
+  logits = inside[2].astype(np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  used = batch["llm_targets"][:, 1:]
+  losses = -np.take_along_axis(log_p[:, :-1], batch["llm_ids"][:, 1:, None], -1)[..., 0]
+  loss = instruct.loss(instruct.parameters, batch)
+  assert float(loss.value) == pytest.approx(losses[used].mean(), rel=1e-5)  # float32 against float64
+  assert float(loss.weight) == used.sum()
+  assert float(loss.metrics["token_accuracy"]) == pytest.approx((logits[:, :-1].argmax(-1) == batch["llm_ids"][:, 1:])[used].mean())
+
+
+def test_words_after_the_last_target_do_not_matter(instruct, batch):
+  changed = batch | {"llm_ids": batch["llm_ids"].copy()}
+  for row in range(8):
+    last = np.flatnonzero(batch["llm_targets"][row])[-1]
+    changed["llm_ids"][row, last + 1:] = tiny.WORDS
+  assert (changed["llm_ids"] != batch["llm_ids"]).any()
+  assert instruct.loss(instruct.parameters, changed).value == instruct.loss(instruct.parameters, batch).value
+
+
+def test_without_any_target_the_loss_is_zero(instruct, batch):
+  loss = instruct.loss(instruct.parameters, batch | {"llm_targets": np.zeros_like(batch["llm_targets"])})
+  assert loss.value == 0 and loss.weight == 0
+
+
+def test_padding_changes_nothing(instruct, compiled, batch):
+  longer = compiled("instruct", data__spatial_length=13, data__caption_length=11, data__llm_length=20,
+                    model__refiner__detection_rows=6, model__refiner__mask_rows=7)
+  padded = tiny.pad_batch(batch, longer.plan.stage.config)
+  before, after = instruct.loss(instruct.parameters, batch), longer.loss(instruct.parameters, padded)
+  assert float(after.value) == pytest.approx(float(before.value), rel=1e-5)  # float32, other summation order
+  assert after.weight == before.weight
+
+
+def test_a_blank_refiner_adds_nothing(instruct, batch):
+  """Without a valid row the features are not looked at, and the loss is finite."""
+  blank = batch | {name: np.zeros_like(batch[name]) for name in VISUAL}
+  noisy = blank | {"detection": batch["detection"] + 7, "masks": batch["masks"] - 7}
+  loss = instruct.loss(instruct.parameters, blank).value
+  assert np.isfinite(loss) and loss == instruct.loss(instruct.parameters, noisy).value
+  assert loss != instruct.loss(instruct.parameters, batch).value
+
+
+@pytest.mark.parametrize("aware, spatial", [(True, True), (False, True), (True, False), (False, False)])
+def test_the_mq_former_hears_what_is_configured(instruct, compiled, batch, aware, spatial):
+  stage = instruct if aware and spatial else compiled(
+      "instruct", instruct__instruction_aware=aware, instruct__spatial_to_mq_former=spatial)
+  other = tiny.make_batch(stage.plan.stage.config, seed=9)
+  loss = stage.loss(stage.parameters, batch).value
+  for names, heard in ((HEARD[:2], spatial), (HEARD[2:], aware)):
+    assert (stage.loss(stage.parameters, batch | {name: other[name] for name in names}).value != loss) == heard
