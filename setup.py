@@ -17,6 +17,7 @@ BASE = [
     "optax>=0.2.8,<0.3",  # before 1.0 the form of optimizer states may change
     "orbax-checkpoint>=0.12.8,<0.13",  # before 1.0 checkpoint arguments may change
     "pillow",
+    "safetensors",
     "tensorboard",
     "tensorboardX",
     "tensorflow-datasets>=4.9.10,<5",  # the next major version may need TensorFlow to write records

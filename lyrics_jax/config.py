@@ -30,6 +30,7 @@ class VisionConfig(Settings):
     return (self.image_size // self.patch_size) ** 2 + 1
 
   def check(self, path):
+    _at_least(self, path, 1, "image_size", "patch_size", "width", "layers", "heads", "mlp_dim")
     require(self.image_size % self.patch_size == 0,
             f"{path}.image_size={self.image_size} is not a multiple of {path}.patch_size={self.patch_size}")
     _check_heads(path, self.width, self.heads)
@@ -41,6 +42,10 @@ class RefinerConfig(Settings):
   detection_rows: int = 900
   mask_rows: int = 64
   feature_width: int = 256  # a token is a feature and its box: 256 + 4 wide
+
+  def check(self, path):
+    _at_least(self, path, 0, "detection_rows", "mask_rows")
+    _at_least(self, path, 1, "feature_width")
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -62,6 +67,10 @@ class MQFormerConfig(Settings):
   itc_width: int = 256
 
   def check(self, path):
+    _at_least(self, path, 1, "width", "layers", "heads", "mlp_dim", "visual_queries", "cross_attention_frequency",
+              "vocab_size", "max_positions", "itc_width")
+    _at_least(self, path, 0, "grounding_queries")
+    _below_one(self, path, "dropout")
     _check_heads(path, self.width, self.heads)
     require(self.layers % self.cross_attention_frequency == 0,
             f"{path}.layers={self.layers} is not a multiple of {path}.cross_attention_frequency={self.cross_attention_frequency}")
@@ -77,6 +86,7 @@ class LoRAConfig(Settings):
 
   def check(self, path):
     require(self.rank > 0, f"{path}.rank={self.rank} must be positive")
+    _below_one(self, path, "dropout")
     require(bool(self.targets), f"{path}.targets is empty: name a projection, or set model.llm.train=frozen")
 
 
@@ -96,6 +106,7 @@ class LLMConfig(Settings):
   lora: LoRAConfig = field(default_factory=LoRAConfig)
 
   def check(self, path):
+    _at_least(self, path, 1, "vocab_size", "width", "layers", "heads", "kv_heads", "mlp_dim", "max_positions")
     _check_heads(path, self.width, self.heads)
     require(self.heads % self.kv_heads == 0, f"{path}.heads={self.heads} is not a multiple of {path}.kv_heads={self.kv_heads}")
 
@@ -119,6 +130,16 @@ class AlignConfig(Settings):
   temperature: float = 0.07  # initial; learnt
   itm_negatives: Literal["global", "local"] = "global"  # drawn from the global batch, or from the device's own pairs
   mask_probability: float = 0.15  # of masking a whole object in MSP
+  retrieval_records: str = ""  # held-out directory of records to measure retrieval on while training; empty = none
+  retrieval_every: int = 10_000  # steps between two such measurements
+  retrieval_rerank: int = 16  # how many of the best by ITC are ranked again by ITM; 0 = none
+
+  def check(self, path):
+    _below_one(self, path, "label_smoothing")
+    require(self.temperature > 0, f"{path}.temperature={self.temperature} must be positive")
+    require(0 <= self.mask_probability <= 1, f"{path}.mask_probability={self.mask_probability} must lie in [0, 1]")
+    require(self.retrieval_every > 0, f"{path}.retrieval_every={self.retrieval_every} must be positive")
+    require(self.retrieval_rerank >= 0, f"{path}.retrieval_rerank={self.retrieval_rerank} must be 0 or more")
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -149,6 +170,8 @@ class DataConfig(Settings):
   workers: int = 2  # reading threads per host
 
   def check(self, path):
+    _at_least(self, path, 2, "spatial_length", "caption_length", "llm_length")
+    _at_least(self, path, 0, "workers")
     low, high = self.crop_scale
     require(0 < low <= high <= 1, f"{path}.crop_scale={self.crop_scale} must satisfy 0 < low <= high <= 1")
     require(bool(self.buckets) and self.buckets[-1] == 1 and list(self.buckets) == sorted(set(self.buckets)) and self.buckets[0] > 0,
@@ -192,7 +215,9 @@ class Config(Settings):
   """One run of `python -m lyrics_jax.train`."""
   stage: Literal["align", "instruct"] = "align"
   output: str = ""  # directory of checkpoints, metrics and the saved configuration
-  init_from: str = ""  # what this run starts from: output directory of an earlier run, or BLIP-2 weights (LAVIS .pth, .safetensors, HF directory)
+  # What this run starts from: the output directory of an earlier run, or BLIP-2's weights: LAVIS' .pth, a .safetensors file
+  # or a Hugging Face directory.
+  init_from: str = ""
   seed: int = 0
   steps: int = 800_000
   batch_size: int = 512  # global, over all hosts and microbatches
@@ -210,7 +235,7 @@ class Config(Settings):
     require(bool(self.output), f"{path}.output is empty: name a directory for checkpoints")
     require(bool(self.data.records), f"{path}.data.records is empty: name a directory that refiner_export wrote")
     require(bool(self.data.mq_former_tokenizer), f"{path}.data.mq_former_tokenizer is empty: name a tokenizer directory")
-    require(self.steps > 0 and self.batch_size > 0, f"{path}.steps and {path}.batch_size must be positive")
+    _at_least(self, path, 1, "steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints")
     require(self.batch_size % self.optimizer.accumulate_steps == 0,
             f"{path}.batch_size={self.batch_size} is not a multiple of {path}.optimizer.accumulate_steps")
     text = self.data.spatial_length + self.data.caption_length
@@ -221,12 +246,25 @@ class Config(Settings):
     if self.stage == "align":
       require(self.batch_size // self.optimizer.accumulate_steps >= 2,
               f"{path}.batch_size={self.batch_size}: contrastive learning needs at least 2 pairs per microbatch")
+      require(not self.align.retrieval_records or self.align.retrieval_every % self.log_every == 0,
+              f"{path}.align.retrieval_every={self.align.retrieval_every} is not a multiple of {path}.log_every={self.log_every}: "
+              "retrieval is written with the metrics of its step")
     else:
       require(bool(self.data.llm_tokenizer), f"{path}.data.llm_tokenizer is empty: stage 2 needs a LLaMA-style tokenizer directory")
       queries = self.model.mq_former.visual_queries + self.model.mq_former.grounding_queries
       require(queries < self.data.llm_length <= self.model.llm.max_positions,
               f"{path}.data.llm_length={self.data.llm_length} must exceed the {queries} image positions and be at most "
               f"{path}.model.llm.max_positions={self.model.llm.max_positions}")
+
+
+def _at_least(settings: Settings, path: str, least: int, *names: str) -> None:
+  for name in names:
+    require(getattr(settings, name) >= least, f"{path}.{name}={getattr(settings, name)} must be at least {least}")
+
+
+def _below_one(settings: Settings, path: str, *names: str) -> None:
+  for name in names:
+    require(0 <= getattr(settings, name) < 1, f"{path}.{name}={getattr(settings, name)} must lie in [0, 1)")
 
 
 def _check_heads(path: str, width: int, heads: int) -> None:

@@ -32,8 +32,8 @@ def read_curves(output: str) -> list[Curves]:
   Raises `UserError` for a run without metrics.
   """
   earlier = saved_config(output).init_from
-  if earlier and not epath.Path(earlier).exists():
-    logging.warning("no loss curves of the run before: %s is not there", earlier)
+  if earlier and not (epath.Path(earlier) / "metrics.jsonl").exists():  # published weights have none
+    logging.warning("no loss curves of what came before: there is no metrics.jsonl in %s", earlier)
     earlier = ""
   return [_read(run) for run in (earlier, output) if run]
 

@@ -1,9 +1,9 @@
 """BLIP-2's Q-Former (Li et al. 2023), from which the MQ-Former starts: the names of its weights.
 
-Two layouts are read: LAVIS' (`blip2_pretrained_vitL.pth`, with CLIP's image encoder in OpenAI's names where it is included)
-and Hugging Face's (`Blip2ForImageTextRetrieval`, `Blip2QFormerModel`, `InstructBlipQFormerModel`). The table is written in LAVIS' names;
-`lavis_name` translates the others. What BLIP-2 lacks (grounding queries and their cross-attention, local tokens, the rows of added
-words) stays as initialised.
+Two layouts are read: LAVIS' (`blip2_pretrained_vitL.pth`, with CLIP's image encoder in OpenAI's names where the file has
+one) and Hugging Face's (`Blip2ForImageTextRetrieval`, `Blip2QFormerModel`, `InstructBlipQFormerModel`). The table is in
+LAVIS' names; `lavis_name` translates the others. What BLIP-2 lacks (grounding queries and their cross-attention, local
+tokens, the rows of added words) stays as initialised.
 """
 
 import math
@@ -22,28 +22,29 @@ from refiner_export.settings import require
 
 FORMER, BERT = "perception/mq_former", "Qformer.bert"
 VISION, CLIP = "perception/vision", "visual_encoder"
-WORDS = f"{BERT}.embeddings.word_embeddings.weight"
-TIED = {"Qformer.cls.predictions.decoder.weight": WORDS, "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias"}
+HEAD = "Qformer.cls.predictions"
+TIED = {f"{HEAD}.decoder.weight": f"{BERT}.embeddings.word_embeddings.weight", f"{HEAD}.decoder.bias": f"{HEAD}.bias"}
 
 # --- our modules -> theirs ---
 _ATTENTION = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense", "norm": "output.LayerNorm"}
 LAYER = ({f"self_attention/{ours}": f"attention.{theirs}" for ours, theirs in _ATTENTION.items()}
          | {f"visual_attention/{ours}": f"crossattention.{theirs}" for ours, theirs in _ATTENTION.items()}
          | {"query_mlp/up": "intermediate_query.dense", "query_mlp/down": "output_query.dense",
-            "query_mlp/norm": "output_query.LayerNorm", "text_mlp/up": "intermediate.dense", "text_mlp/down": "output.dense",
-            "text_mlp/norm": "output.LayerNorm"})
+            "query_mlp/norm": "output_query.LayerNorm", "text_mlp/up": "intermediate.dense",
+            "text_mlp/down": "output.dense", "text_mlp/norm": "output.LayerNorm"})
 CLIP_BLOCK = {"attention_norm": "ln_1", "o": "attn.out_proj", "mlp_norm": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj"}
 MODULES = {
     f"{FORMER}/words": f"{BERT}.embeddings.word_embeddings",
     f"{FORMER}/positions": f"{BERT}.embeddings.position_embeddings",
     f"{FORMER}/norm": f"{BERT}.embeddings.LayerNorm",
     "perception/image_norm": "ln_vision",
-    "lm_head/dense": "Qformer.cls.predictions.transform.dense",
-    "lm_head/norm": "Qformer.cls.predictions.transform.LayerNorm",
+    "lm_head/dense": f"{HEAD}.transform.dense",
+    "lm_head/norm": f"{HEAD}.transform.LayerNorm",
     "itm": "itm_head",
     f"{VISION}/input_norm": f"{CLIP}.ln_pre",
 }
-LEAVES = {"kernel": ("weight", TRANSPOSED), "embedding": ("weight", PLAIN), "scale": ("weight", PLAIN), "bias": ("bias", PLAIN)}
+LEAVES = {"kernel": ("weight", TRANSPOSED), "embedding": ("weight", PLAIN), "scale": ("weight", PLAIN),
+          "bias": ("bias", PLAIN)}
 
 # --- our single parameters -> theirs ---
 _QUERIES = Form(lambda shape: (1, *shape), lambda a: a[0])
@@ -51,14 +52,15 @@ _PATCH = Form(lambda shape: (shape[1], 3, *[math.isqrt(shape[0] // 3)] * 2),  # 
               lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]))
 PARAMETERS = {
     f"{FORMER}/queries": ("query_tokens", _QUERIES),
-    "lm_head/bias": ("Qformer.cls.predictions.bias", PLAIN),
+    "lm_head/bias": (f"{HEAD}.bias", PLAIN),
     "temperature": ("temp", PLAIN),
     f"{VISION}/patch/kernel": (f"{CLIP}.conv1.weight", _PATCH),
     f"{VISION}/class_token": (f"{CLIP}.class_embedding", PLAIN),
     f"{VISION}/positions": (f"{CLIP}.positional_embedding", PLAIN),
 }
 # One tensor holds the kernels, another the biases, of query, key and value below each other.
-_THIRDS = {name: Form(lambda shape: (3 * shape[-1], *shape[:-1]), lambda a, n=n: np.split(a, 3)[n].T) for n, name in enumerate("qkv")}
+_THIRDS = {name: Form(lambda shape: (3 * shape[-1], *shape[:-1]), lambda a, n=n: np.split(a, 3)[n].T)
+           for n, name in enumerate("qkv")}
 
 REQUIRED = frozenset(f"mq_former/{name}" for name in ("norm", "self_attention", "visual_attention", "query_mlp"))
 LEFT_OVER = {
@@ -74,6 +76,16 @@ _FROM_HF = (
     (r"^(qformer\.)?(embeddings|encoder)\.", rf"{BERT}.\2."),
     (r"attention\.attention\.", "attention.self."),
     (r"^(vision|text)_projection\.", r"\1_proj."),
+)
+
+_WIDTH = ("its image encoder is {0} wide (ViT-g: 1408): use the ViT-L checkpoint, blip2_pretrained_vitL.pth, or set "
+          "config.model.vision.width={0}")
+_REMEDIES = (  # our path, the only axis that differs in the file, what to do
+    (r"perception/image_norm/.*", 0, _WIDTH),
+    (r".*/visual_attention/[kv]/kernel", 1, _WIDTH),
+    (rf"{FORMER}/queries", 1, "set config.model.mq_former.visual_queries={0}"),
+    (rf"{FORMER}/words/embedding|lm_head/bias", 0, "set config.model.mq_former.vocab_size to at least {0}"),
+    (rf"{FORMER}/positions/embedding", 0, "set config.model.mq_former.max_positions={0}"),
 )
 
 
@@ -96,10 +108,10 @@ def load(path: epath.Path, config: ModelConfig, shapes: Mapping[str, jax.ShapeDt
   _check_tied(str(path), tensors)
   used = {name for ours in values for name in entries[ours].names}
   left_over = {}
-  for name in tensors:
+  for name, tensor in tensors.items():
     if name not in used:
       reason = next((reason for reason, pattern in reversed(LEFT_OVER.items()) if re.fullmatch(pattern, name)), UNKNOWN)
-      left_over.setdefault(reason, []).append(name)
+      left_over.setdefault(reason, []).append(tensor.name)
   return Found(values, left_over)
 
 
@@ -120,7 +132,8 @@ def _entry(path: str, shape: tuple[int, ...], config: ModelConfig) -> Entry | No
     numbers = range(first, config.mq_former.layers, config.mq_former.cross_attention_frequency)
     names = tuple(f"{BERT}.encoder.layer.{n}.{LAYER[inner]}.{suffix}" for n in numbers) if inner in LAYER else ()
   elif match := re.fullmatch(rf"{VISION}/stack/blocks/(.*)", module):
-    theirs, form = (f"attn.in_proj_{suffix}", _THIRDS[match[1]]) if match[1] in _THIRDS else (f"{CLIP_BLOCK[match[1]]}.{suffix}", form)
+    theirs = f"attn.in_proj_{suffix}" if match[1] in _THIRDS else f"{CLIP_BLOCK[match[1]]}.{suffix}"
+    form = _THIRDS.get(match[1], form)
     names = tuple(f"{CLIP}.transformer.resblocks.{n}.{theirs}" for n in range(config.vision.layers))
   else:
     names = ()
@@ -131,20 +144,21 @@ def _check_structure(source: str, tensors: Mapping[str, Tensor], config: ModelCo
   """What the names alone tell: layers, and which of them have cross-attention."""
   former, vision = config.mq_former, config.vision
   layers = _numbers(tensors, rf"{BERT}\.encoder\.layer\.(\d+)\.")
-  require(bool(layers), f"{source}: no Q-Former in it; name a BLIP-2 checkpoint, such as LAVIS' blip2_pretrained_vitL.pth")
-  require(former.activation == "gelu", f"config.model.mq_former.activation={former.activation}: BLIP-2's weights, {source}, need "
-                                       f"gelu; set config.model.mq_former.activation=gelu")
-  require(layers[-1] + 1 == former.layers, f"{source}: the Q-Former has {layers[-1] + 1} layers, config.model.mq_former.layers="
-                                           f"{former.layers}; set config.model.mq_former.layers={layers[-1] + 1}")
+  require(bool(layers), f"{source}: no Q-Former in it; name BLIP-2's weights, such as LAVIS' blip2_pretrained_vitL.pth")
+  require(former.activation == "gelu", f"config.model.mq_former.activation={former.activation}: BLIP-2's weights, "
+                                       f"{source}, need gelu; set config.model.mq_former.activation=gelu")
+  depth = layers[-1] + 1
+  require(depth == former.layers, f"{source}: the Q-Former has {depth} layers, config.model.mq_former.layers="
+                                  f"{former.layers}; set config.model.mq_former.layers={depth}")
   cross = _numbers(tensors, rf"{BERT}\.encoder\.layer\.(\d+)\.crossattention\.")
   frequency = cross[1] - cross[0] if len(cross) > 1 else former.layers
   require(frequency == former.cross_attention_frequency,
-          f"{source}: cross-attention is in every {frequency}. layer, config.model.mq_former.cross_attention_frequency="
+          f"{source}: cross-attention is in one layer of {frequency}, config.model.mq_former.cross_attention_frequency="
           f"{former.cross_attention_frequency}; set config.model.mq_former.cross_attention_frequency={frequency}")
   blocks = _numbers(tensors, rf"{CLIP}\.transformer\.resblocks\.(\d+)\.")
-  require(not blocks or blocks[-1] + 1 == vision.layers,
-          f"{source}: the image encoder has {blocks[-1] + 1 if blocks else 0} layers (BLIP-2 leaves CLIP's last out), "
-          f"config.model.vision.layers={vision.layers}; set config.model.vision.layers={blocks[-1] + 1 if blocks else 0}")
+  depth = blocks[-1] + 1 if blocks else vision.layers
+  require(depth == vision.layers, f"{source}: the image encoder has {depth} layers (BLIP-2 leaves CLIP's last out), "
+                                  f"config.model.vision.layers={vision.layers}; set config.model.vision.layers={depth}")
 
 
 def _numbers(names: Iterable[str], pattern: str) -> list[int]:
@@ -157,15 +171,10 @@ def _check_tied(source: str, tensors: Mapping[str, Tensor]) -> None:
       logging.warning("%s: %s differs from %s; here they are one, and the latter is used", source, copy, original)
 
 
-def _remedy(path: str, there: tuple[int, ...]) -> str:
-  """What to do about a tensor of shape `there` that does not fit our parameter `path`."""
-  if part(path) == "mq_former/visual_attention" and "/k/" in path or "/v/" in path and "visual_attention" in path:
-    return (f"its image encoder is {there[-1]} wide (ViT-g: 1408): use the ViT-L checkpoint, blip2_pretrained_vitL.pth, or set "
-            f"config.model.vision.width={there[-1]}")
-  if path == f"{FORMER}/queries":
-    return f"set config.model.mq_former.visual_queries={there[-2]}"
-  if path in (f"{FORMER}/words/embedding", "lm_head/bias"):
-    return f"set config.model.mq_former.vocab_size to at least {there[0]}"
-  if path == f"{FORMER}/positions/embedding":
-    return f"set config.model.mq_former.max_positions={there[0]}"
+def _remedy(path: str, there: tuple[int, ...], expected: tuple[int, ...]) -> str:
+  """What to do about a tensor of shape `there` for our parameter `path`, which needs `expected`."""
+  for pattern, axis, remedy in _REMEDIES:
+    others = lambda shape: shape[:axis] + shape[axis + 1:]
+    if re.fullmatch(pattern, path) and len(there) == len(expected) and others(there) == others(expected):
+      return remedy.format(there[axis])
   return f"make config.model.{'vision' if part(path) == 'vision' else 'mq_former'} agree with the file"

@@ -1,5 +1,5 @@
-"""Reads the tensors of a weight file one by one, when asked for: PyTorch's .pth and .bin, .safetensors, or a Hugging Face
-directory with either one .safetensors file or shards and their index. No pickled code is ever run.
+"""Reads the tensors of a weight file one by one, when asked for: PyTorch's .pth and .bin, .safetensors, or a Hugging
+Face directory with either one .safetensors file or shards and their index. No pickled code is ever run.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ _REMEDY = "Download or save it again"
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor that still lies in its file; `read` fetches it."""
+  """A tensor that still lies in its file, where it is called `name`; `read` fetches it."""
+  name: str
   shape: tuple[int, ...]
   read: Callable[[], np.ndarray]
 
@@ -44,7 +45,8 @@ def _read_safetensors(path: epath.Path) -> dict[str, Tensor]:
     file = safetensors.safe_open(path, framework="numpy")
   except (safetensors.SafetensorError, OSError) as error:
     raise UserError(f"{path} is not a whole .safetensors file ({_first_line(error)}). {_REMEDY}") from None
-  return {name: Tensor(tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name)) for name in file.keys()}
+  return {name: Tensor(name, tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name))
+          for name in file.keys()}
 
 
 def _read_shards(directory: epath.Path) -> dict[str, Tensor]:
@@ -62,19 +64,21 @@ def _read_torch(path: epath.Path) -> dict[str, Tensor]:
   try:
     import torch
   except ImportError:
-    raise UserError(f"{path}: PyTorch is needed to read this file. pip install torch, or save the weights as .safetensors") from None
+    raise UserError(f"{path}: PyTorch is needed to read this file. pip install torch, or save the weights as "
+                    f".safetensors") from None
   try:
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
   except pickle.UnpicklingError:
-    raise UserError(f"{path} is refused: it holds pickled code, which is never run, or it is damaged. Save only its tensors, "
-                    f"as .safetensors") from None
+    raise UserError(f"{path} is refused: it holds pickled code, which is never run, or it is damaged. Save only its "
+                    f"tensors, as .safetensors") from None
   except (RuntimeError, OSError, EOFError, ValueError) as error:
     raise UserError(f"{path} is not a whole file of torch.save ({_first_line(error)}). {_REMEDY}") from None
   state = state.get("model", state) if isinstance(state, dict) else state  # LAVIS puts the optimizer and more beside it
   require(isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()),
           f"{path} is not a dictionary of tensors, nor has one under 'model'. Save the model's state_dict()")
   numbers = lambda tensor: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-  return {name: Tensor(tuple(tensor.shape), lambda tensor=tensor: numbers(tensor.detach())) for name, tensor in state.items()}
+  return {name: Tensor(name, tuple(tensor.shape), lambda tensor=tensor: numbers(tensor.detach()))
+          for name, tensor in state.items()}
 
 
 def _first_line(error: Exception) -> str:

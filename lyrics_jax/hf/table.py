@@ -62,7 +62,7 @@ class Found:
   left_over: Mapping[str, list[str]]
 
   def report(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> str:
-    """Numbers loaded and initialised by part of the model, and the tensors left over by reason, as lines for a person."""
+    """Numbers loaded and initialised by part of the model, and the tensors left over by reason, for a person."""
     lines = [f"{'part':32}{'loaded':>16}{'initialised':>16}"]
     loaded, all_ = Counter(), Counter()
     for path, shape in shapes.items():
@@ -77,27 +77,28 @@ class Found:
 
 
 def part(path: str) -> str:
-  """What a person calls the part of the model that a parameter belongs to: `vision`, `mq_former/visual_attention`, `lm_head`."""
+  """The part of the model that a parameter belongs to: `vision`, `mq_former/visual_attention`, `lm_head`."""
   parts = re.sub(r"^perception/|stack/blocks/|layers/\d+/", "", path).split("/")
   return "/".join(parts[:2] if parts[0] == "mq_former" else parts[:1])
 
 
 def assemble(source: str, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry], required: frozenset[str],
-             remedy: Callable[[str, Shape], str]) -> dict[str, np.ndarray]:
+             remedy: Callable[[str, Shape, Shape], str]) -> dict[str, np.ndarray]:
   """Reads our parameters from the tensors of `source`. Everything is checked before anything is read.
 
   Args:
     entries: by our path. Those of a part (see `part`) are all there or none of them; `required` parts must be.
-    remedy: (our path, the tensor's shape) -> what a person should do when shapes differ.
+    remedy: (our path, the tensor's shape, the shape needed) -> what a person should do when these differ.
   """
   present = {part(path) for path, entry in entries.items() if any(name in tensors for name in entry.names)}
   wanted = {path: entry for path, entry in entries.items() if part(path) in present | required}
   missing = [name for entry in wanted.values() for name in entry.names if name not in tensors]
-  require(not missing, f"{source}: tensor {missing[0] if missing else ''} is missing ({len(missing)} in all); the file is not "
+  require(not missing, f"{source}: tensor {next(iter(missing), '')} is missing ({len(missing)} in all); the file is not "
                        f"complete, save or download it again")
   for path, entry in wanted.items():
     for name in entry.names:
-      there = tensors[name].shape
-      require(entry.fits(there), f"{source}: tensor {name} has shape {there}, this model needs {entry.form.shape(entry.shape)}; "
-                                 f"{remedy(path, there)}")
+      tensor = tensors[name]
+      expected = entry.form.shape(entry.shape)
+      require(entry.fits(tensor.shape), f"{source}: tensor {tensor.name} has shape {tensor.shape}, this model needs "
+                                        f"{expected}; {remedy(path, tensor.shape, expected)}")
   return {path: entry.read(tensors) for path, entry in wanted.items()}

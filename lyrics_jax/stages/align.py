@@ -13,6 +13,7 @@ from lyrics_jax.models import masks
 from lyrics_jax.models.lyrics import LyricsForAlignment
 from lyrics_jax.models.mq_former import KeyValue, Sources, Text, spatial_and_caption
 from lyrics_jax.stages.base import Array, Batch, Loss, cross_entropy, masked_mean, text_spec, visual_spec
+from refiner_export.settings import require
 
 
 class Align:
@@ -36,6 +37,8 @@ class Align:
     query_key, text_key, itm_key, icg_key, msp_key, negatives_key = (
         [None] * 6 if key is None else jax.random.split(key, 6))
     mq_former, smoothing = model.perception.mq_former, self.config.align.label_smoothing
+    require(mq_former.config.grounding_queries > 0, "config.model.mq_former.grounding_queries=0: ITC and ITM of stage align need "
+                                                    "at least one; for none of the refiner, set config.model.use_refiner=false")
     sources = model.perception.look(batch)
     queries, context = mq_former.query_pass(sources, query_key)
     text = spatial_and_caption((batch["spatial_ids"], batch["spatial_mask"]), (batch["caption_ids"], batch["caption_mask"]),

@@ -49,8 +49,7 @@ class Checkpoints:
           parameters=ocp.args.StandardRestore(abstract.parameters), optimizer=ocp.args.StandardRestore(abstract.optimizer),
           data=grain.checkpoint.CheckpointRestore(data)))
     except (ValueError, KeyError) as error:
-      raise UserError(f"checkpoint {self.output}/checkpoints/{step} does not fit this configuration; use the run's own "
-                      f"config.json or another config.output. ({' '.join(str(error).split())[:300]})") from error
+      raise _misfit(self.output / "checkpoints" / str(step), error) from error
     return TrainState(jax.device_put(jax.numpy.int32(step), state.step.sharding), restored.parameters, restored.optimizer)
 
   def restore_parameters(self, like: dict[str, jax.ShapeDtypeStruct] | None = None) -> Parameters:
@@ -73,8 +72,11 @@ class Checkpoints:
   def restore_frozen(self, like: dict[str, jax.ShapeDtypeStruct] | None = None) -> Parameters:
     if not (self.output / "frozen").exists():
       return {}
-    with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(self.output / "frozen", like)
+    try:
+      with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(self.output / "frozen", like)
+    except (ValueError, KeyError) as error:
+      raise _misfit(self.output / "frozen", error) from error
 
   def save_config(self, config: Config, manifest: Manifest) -> None:
     """Writes what the parameters alone do not say: the configuration, and how the records were made."""
@@ -84,6 +86,11 @@ class Checkpoints:
       temporary = self.output / "config.json.tmp"
       temporary.write_text(config.to_json())
       temporary.replace(self.output / "config.json")
+
+
+def _misfit(path: epath.Path, error: Exception) -> UserError:
+  return UserError(f"checkpoint {path} does not fit this configuration; use the run's own config.json or another config.output. "
+                   f"({' '.join(str(error).split())[:300]})")
 
 
 def saved_config(output: str) -> Config:

@@ -4,6 +4,7 @@ Order of one step, and why: take a batch; dispatch the step (asynchronous); only
 before, so that the device never waits for the host; log; save; stop when preempted.
 """
 
+import contextlib
 import signal
 
 import jax
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 from lyrics_jax.config import Config
 from lyrics_jax.data.buckets import bucket_of, cut
 from lyrics_jax.data.loader import open_records, train_batches
+from lyrics_jax.evaluation.while_training import WhileTraining
 from lyrics_jax.stages import make_stage
 from lyrics_jax.training.checkpoint import Checkpoints
 from lyrics_jax.training.initialise import initial_parameters
@@ -44,17 +46,18 @@ def train(config: Config) -> None:
   # --- data ---
   records = open_records(config)
   data = train_batches(config, records, jax.process_index(), jax.process_count())
+  evaluation = WhileTraining(plan, mesh, records.manifest.fingerprint)
 
   # --- parameters: from this run's newest checkpoint, an earlier run, or fresh ---
   logging.info("parameters\n%s", plan.report())
   checkpoints = Checkpoints(config.output, config.keep_checkpoints)
-  checkpoints.save_config(config, records.manifest)
   trained, frozen = initial_parameters(plan, mesh, checkpoints)
   checkpoints.save_frozen(frozen)
   state = initial_state(plan, optimizer, mesh, trained)
   if checkpoints.latest() is not None:
     state = checkpoints.restore(state, data)
     logging.info("continuing from step %d of %s", int(state.step), config.output)
+  checkpoints.save_config(config, records.manifest)  # not before the old checkpoint was found to fit
 
   # --- loop ---
   start = int(state.step)
@@ -64,7 +67,8 @@ def train(config: Config) -> None:
   preempted = _watch_for_preemption()
   compiled = set()  # buckets of text length met so far
   pending = None  # (step, its metrics on the device, its examples' ids)
-  with jax.set_mesh(mesh):
+  # Closed after an error too: a checkpoint may still be on its way to the disk.
+  with jax.set_mesh(mesh), contextlib.closing(checkpoints), contextlib.closing(metrics):
     for step in range(start + 1, config.steps + 1):
       batch = next(data)
       ids = batch.pop("ids")
@@ -78,6 +82,10 @@ def train(config: Config) -> None:
       metrics.count(_tokens(batch) * jax.process_count(), config.batch_size)
       if pending is not None:
         _finish(metrics, config, *pending)
+      if evaluation.due(step):
+        jax.block_until_ready(values)  # the step's own time counts as training
+        with metrics.paused():
+          values = values | evaluation(state.parameters, frozen)
       pending = (step, values, ids)
       stop = preempted() or checkpoints.reached_preemption(step)
       if stop or step % config.checkpoint_every == 0 or step == config.steps:
@@ -87,8 +95,6 @@ def train(config: Config) -> None:
       if stop:
         logging.warning("preempted: saved step %d of %s; start again to continue", step, config.output)
         break
-  checkpoints.close()
-  metrics.close()
 
 
 def _finish(metrics: Metrics, config: Config, step: int, values: dict[str, jax.Array], ids: list[str]) -> None:

@@ -1,8 +1,10 @@
 """What a run reports: a progress line or bar, `metrics.jsonl`, TensorBoard, and the loss curves as a picture."""
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 from absl import logging
@@ -35,6 +37,14 @@ class Metrics:
       self.tokens, self.images = self.tokens + tokens, self.images + images
       if self.bar:
         self.bar.update()
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """What happens inside does not count in the rates."""
+    began = time.monotonic()
+    yield
+    if self.main:
+      self.window += time.monotonic() - began
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Writes metrics of step `step`, with rates since the last call."""

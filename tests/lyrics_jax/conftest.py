@@ -78,7 +78,7 @@ def make_config(tokenizer_directory):
                           llm=LLMConfig(vocab_size=1024, width=16, heads=2, kv_heads=2, layers=1, mlp_dim=32)),
         data=DataConfig(records="memory", mq_former_tokenizer=f"{tokenizer_directory}/mq_former",
                         llm_tokenizer=f"{tokenizer_directory}/llm",
-                        spatial_length=192, caption_length=24, llm_length=320))
+                        spatial_length=192, caption_length=24, llm_length=320, buckets=(1.0,)))
     for name, value in changes.items():
       if isinstance(value, dict):
         for part, setting in value.items():

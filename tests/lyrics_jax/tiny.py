@@ -53,13 +53,10 @@ def one_device_mesh(config: Config):
 
 def make_parameters(plan: ParameterPlan, seed: int = 0, spread: float = 0.0):
   """(trained, frozen) on one device. With `spread`, noise of that scale is added, so that no bias is 0 and no scale is 1."""
-  trained, frozen = plan.initialise(one_device_mesh(plan.stage.config), seed)
-  if not spread:
-    return trained, frozen
   rng = np.random.default_rng(seed)
   noisy = lambda a: (a + spread * rng.standard_normal(a.shape)).astype(a.dtype) if a.ndim else a
-  return ({path: jnp.asarray(noisy(np.asarray(a))) for path, a in trained.items()},
-          {path: jnp.asarray(noisy(np.asarray(a))) for path, a in frozen.items()})
+  return tuple({path: jnp.asarray(noisy(np.asarray(value))) for path, value in part.items()}
+               for part in plan.initialise(one_device_mesh(plan.stage.config), seed))
 
 
 def make_batch(config: Config, seed: int = 0, rows: int | None = None) -> dict[str, np.ndarray]:

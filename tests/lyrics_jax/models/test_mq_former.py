@@ -11,7 +11,8 @@ from lyrics_jax.models.mq_former import spatial_and_caption
 from lyrics_jax.stages.align import hard_negatives, image_text_similarity
 
 VARIANTS = [  # cross-attention frequency, activation, whether the caption's positions restart
-    (2, "relu", True), (2, "gelu", False), (1, "gelu", True), (1, "relu", False)]
+    (2, "relu", True), (1, "gelu", False),
+    *(pytest.param(variant, marks=pytest.mark.slow) for variant in ((2, "gelu", False), (1, "relu", True)))]
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: f"frequency{v[0]}-{v[1]}-{'restart' if v[2] else 'continue'}")

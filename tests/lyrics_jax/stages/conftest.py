@@ -7,11 +7,13 @@ import jax
 import pytest
 import tiny
 
+from lyrics_jax.training.parameters import ParameterPlan
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
   """`loss(parameters, batch)` and `gradient(trained, frozen, batch)` of a stage; the parameters have noise on biases and scales."""
-  plan: object
+  plan: ParameterPlan
   trained: dict
   frozen: dict
   loss: Callable
@@ -22,23 +24,30 @@ class Compiled:
     return self.trained | self.frozen
 
 
-def compiled(stage: str, **changes) -> Compiled:
-  config = tiny.make_config(stage, **changes)
-  plan = tiny.make_plan(config)
-  loss = lambda trained, frozen, batch: plan.stage.loss(plan.model(trained, frozen), batch, None)
+def compiled(stage: str, gradients: bool = False, **changes) -> Compiled:
+  """With `gradients` one program gives both, else `gradient` compiles another."""
+  plan = tiny.make_plan(tiny.make_config(stage, **changes))
+
+  def objective(trained, frozen, batch):
+    loss = plan.stage.loss(plan.model(trained, frozen), batch, None)
+    return loss.value, loss
+
+  both = jax.jit(jax.grad(objective, has_aux=True))
+  alone = jax.jit(lambda *inputs: objective(*inputs)[1])
   return Compiled(plan, *tiny.make_parameters(plan, spread=0.2),
-                  jax.jit(lambda parameters, batch: loss(*plan.split(parameters), batch)),
-                  jax.jit(jax.grad(lambda *inputs: loss(*inputs).value)))
+                  lambda parameters, batch: (both(*plan.split(parameters), batch)[1] if gradients
+                                             else alone(*plan.split(parameters), batch)),
+                  lambda *inputs: both(*inputs)[0])
 
 
 @pytest.fixture(scope="session")
 def align() -> Compiled:
-  return compiled("align")
+  return compiled("align", gradients=True)
 
 
 @pytest.fixture(scope="session")
 def instruct() -> Compiled:
-  return compiled("instruct")
+  return compiled("instruct", gradients=True)
 
 
 @pytest.fixture(scope="session", name="compiled")

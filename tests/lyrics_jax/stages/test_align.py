@@ -10,23 +10,23 @@ import scipy.stats
 import tiny
 
 from lyrics_jax.stages.align import hard_negatives, image_features, itc
+from refiner_export.settings import UserError
 
 LOSSES = ("itc", "itm", "icg", "msp")
 
 
 @pytest.fixture(scope="module")
 def fresh(align):
-  """Losses of freshly initialised parameters."""
-  return align.loss(align.plan.initialise(tiny.one_device_mesh(align.plan.stage.config), 0)[0] | align.frozen,
-                    tiny.make_batch(align.plan.stage.config)).metrics
+  """Losses of freshly initialised parameters, with a temperature that makes features tell nothing."""
+  parameters = tiny.make_parameters(align.plan)[0] | align.frozen | {"temperature": jnp.float32(100)}
+  return align.loss(parameters, tiny.make_batch(align.plan.stage.config)).metrics
 
 
 def test_fresh_losses_are_those_of_knowing_nothing(fresh):
   # The tied embedding begins with deviation 0.02: logits of deviation 0.02 * sqrt(16) = 0.08 add 0.08^2 / 2 to ln V.
   assert float(fresh["icg"]) == pytest.approx(math.log(tiny.VOCABULARY), abs=0.05)
   assert float(fresh["msp"]) == pytest.approx(math.log(tiny.VOCABULARY), abs=0.05)
-  # Random features of 8 pairs through a temperature of 0.07: chance within what 16 dimensions leave to luck.
-  assert float(fresh["itc"]) == pytest.approx(math.log(8), abs=1.0)
+  assert float(fresh["itc"]) == pytest.approx(math.log(8), abs=0.02)  # similarities within 1 / 100 of zero
   assert math.log(2) / 2 < float(fresh["itm"]) < math.log(2) * 2  # one positive, two negatives, each ln 2 on average
 
 
@@ -86,6 +86,12 @@ def test_generation_does_not_see_the_future(align):
   before = align.loss(align.parameters, cut).metrics["icg"]
   cut["icg_ids"][:, -1] = tiny.WORDS
   assert align.loss(align.parameters, cut).metrics["icg"] == before
+
+
+def test_alignment_needs_grounding_queries():
+  plan = tiny.make_plan(tiny.make_config(model__mq_former__grounding_queries=0))
+  with pytest.raises(UserError, match="config.model.mq_former.grounding_queries=0: ITC and ITM of stage align need at least one"):
+    jax.eval_shape(lambda *inputs: plan.stage.loss(plan.model(*inputs, {}), plan.stage.batch_spec(), None), plan.shapes)
 
 
 # --- hard negatives ---

@@ -97,7 +97,8 @@ def test_a_blank_refiner_adds_nothing(instruct, batch):
   assert loss != instruct.loss(instruct.parameters, batch).value
 
 
-@pytest.mark.parametrize("aware, spatial", [(True, True), (False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("aware, spatial", [
+    (True, True), (False, True), (False, False), pytest.param(True, False, marks=pytest.mark.slow)])
 def test_the_mq_former_hears_what_is_configured(instruct, compiled, batch, aware, spatial):
   stage = instruct if aware and spatial else compiled(
       "instruct", instruct__instruction_aware=aware, instruct__spatial_to_mq_former=spatial)

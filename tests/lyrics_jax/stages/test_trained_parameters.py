@@ -68,6 +68,7 @@ def test_fresh_adapters_move_in_b_first(instruct):
   assert all(size.min() > 10 * ROUNDING for path, size in sizes.items() if path.endswith("lora_b"))
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_moves_the_language_model(compiled):
   for path, sizes in largest(compiled("instruct", model__llm__train="full")).items():
     if path.startswith("llm/"):

@@ -1,0 +1,13 @@
+"""The small model of these tests: BLIP-2's activation and every second layer with cross-attention, two such groups."""
+
+import pytest
+import tiny
+
+
+@pytest.fixture
+def make_config():
+  """Keyword arguments as those of `tiny.make_config`."""
+  def make(stage="align", **changes):
+    return tiny.make_config(stage, **({"model__mq_former__activation": "gelu", "model__mq_former__layers": 4,
+                                       "model__mq_former__cross_attention_frequency": 2} | changes))
+  return make

@@ -1,0 +1,67 @@
+"""The schedule, what decays, clipping; AdamW as PyTorch has it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from lyrics_jax.config import OptimizerConfig
+from lyrics_jax.training.optimizer import learning_rate, make_optimizer
+
+AXES = {"kernel": ("embed", "mlp"), "stacked/bias": ("mlp",), "scale": (None,), "scalar": ()}
+SHAPES = {"kernel": (4, 3), "stacked/bias": (2, 3), "scale": (3,), "scalar": ()}
+
+
+def values(seed=0, scale=1.0):
+  rng = np.random.default_rng(seed)
+  return {path: np.asarray(scale * rng.standard_normal(shape), np.float32) for path, shape in SHAPES.items()}
+
+
+def test_schedule():
+  rate = learning_rate(OptimizerConfig(peak_lr=2e-3, final_lr=1e-4, warmup_fraction=0.15), 200)
+  for step, expected in ((0, 0), (15, 1e-3), (30, 2e-3), (115, (2e-3 + 1e-4) / 2), (200, 1e-4), (300, 1e-4)):
+    assert float(rate(step)) == pytest.approx(expected, rel=1e-5, abs=1e-9)  # float32
+  assert float(learning_rate(OptimizerConfig(peak_lr=2e-3, warmup_fraction=0.0), 200)(0)) == pytest.approx(2e-3)
+
+
+def test_only_matrices_decay():
+  config = OptimizerConfig(peak_lr=1e-2, warmup_fraction=0.0, weight_decay=0.5)
+  optimizer, parameters = make_optimizer(config, 10, AXES), values()
+  updates, _ = optimizer.update(jax.tree.map(np.zeros_like, parameters), optimizer.init(parameters), parameters)
+  for path, update in updates.items():
+    np.testing.assert_allclose(update, -1e-2 * 0.5 * parameters[path] if path == "kernel" else 0 * parameters[path], rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_biases_norms_and_scalars_do_not_decay(stage):
+  plan = tiny.make_plan(tiny.make_config(stage))
+  undecayed = {path for path in plan.paths(True) if len(plan.axes[path]) < 2}
+  assert undecayed == {path for path in plan.paths(True) if path.split("/")[-1] in ("bias", "scale", "temperature")}
+
+
+def test_equals_torch_with_clipping():
+  """Six steps; the gradients' norm is far above the limit in the first ones, below it in the others."""
+  config = OptimizerConfig(peak_lr=1e-2, warmup_fraction=0.5, final_lr=1e-3, weight_decay=0.1, clip_norm=2.0)
+  steps, rate = 6, learning_rate(config, 6)
+  optimizer, ours = make_optimizer(config, steps, AXES), {path: jnp.asarray(value) for path, value in values().items()}
+  state = optimizer.init(ours)
+  theirs = {path: torch.nn.Parameter(torch.tensor(value)) for path, value in values().items()}
+  adam = torch.optim.AdamW([{"params": [theirs["kernel"]], "weight_decay": 0.1},
+                            {"params": [theirs[path] for path in AXES if path != "kernel"], "weight_decay": 0.0}],
+                           betas=(config.beta1, config.beta2), eps=1e-8)
+  for step in range(steps):
+    gradient = values(step + 1, scale=5.0 if step < 3 else 0.1)
+    updates, state = optimizer.update(gradient, state, ours)
+    ours = jax.tree.map(lambda p, u: p + u, ours, updates)
+    for path, parameter in theirs.items():
+      parameter.grad = torch.tensor(gradient[path])
+    norm = torch.nn.utils.clip_grad_norm_(theirs.values(), config.clip_norm)
+    assert (norm > config.clip_norm) == (step < 3)
+    for group in adam.param_groups:
+      group["lr"] = float(rate(step))
+    adam.step()
+    for path in AXES:
+      # torch divides by norm + 1e-6, optax by norm; and both are float32.
+      np.testing.assert_allclose(ours[path], theirs[path].detach().numpy(), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,81 @@
+"""Accumulated gradients, updates that are refused, and what frozen parameters cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from lyrics_jax.config import MeshConfig
+from lyrics_jax.training.optimizer import learning_rate, make_optimizer
+from lyrics_jax.training.sharding import global_batch
+from lyrics_jax.training.step import initial_state, make_train_step
+
+
+def halves(batch):
+  return [{name: value[part] for name, value in batch.items()} for part in (slice(0, 4), slice(4, 8))]
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_microbatches_add_up_to_the_large_batch(one_device, gradients_on, assert_gradients_equal, devices):
+  """Instruct: rows with different numbers of targets weigh by them, whichever microbatch they are in."""
+  config, batch, parameters, gradient, metrics = one_device
+  if config.stage != "instruct":
+    pytest.skip("contrasts within a microbatch, see below")
+  assert len({part["llm_targets"][:, 1:].sum() for part in halves(batch)}) == 2
+  here = tiny.make_config("instruct", optimizer__accumulate_steps=2, mesh=MeshConfig(devices, 1, 1))
+  got, got_metrics = gradients_on(here, devices, batch, parameters)
+  for name in ("loss", "lm", "token_accuracy", "gradient_norm"):
+    assert got_metrics[name] == pytest.approx(metrics[name], rel=1e-5), name  # float32 sums in another order
+  assert_gradients_equal(got, gradient)
+
+
+@pytest.mark.slow
+def test_align_contrasts_within_a_microbatch(one_device, gradients_on, assert_gradients_equal):
+  config, batch, parameters, _, metrics = one_device
+  if config.stage != "align":
+    pytest.skip("the other stage's rule is above")
+  got, got_metrics = gradients_on(tiny.make_config("align", optimizer__accumulate_steps=2, mesh=MeshConfig(1, 1, 1)), 1,
+                                  batch, parameters)
+  plan = tiny.make_plan(config)
+  trained, frozen = plan.split(parameters)
+  single = jax.jit(jax.value_and_grad(lambda trained, part, key: plan.stage.loss(plan.model(trained, frozen), part, key).value))
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(7), 0), 2)
+  values, gradients = zip(*(single(trained, part, key) for part, key in zip(halves(batch), keys)))
+  assert got_metrics["loss"] == pytest.approx(float(sum(values)) / 2, rel=1e-5)
+  assert_gradients_equal(got, jax.tree.map(lambda a, b: (np.asarray(a) + np.asarray(b)) / 2, *gradients))
+  assert got_metrics["itc"] < metrics["itc"]  # fewer candidates to tell apart: ln 4, not ln 8
+
+
+def test_an_update_that_is_not_finite_is_refused():
+  config = tiny.make_config("instruct")
+  plan, mesh = tiny.make_plan(config), tiny.one_device_mesh(config)
+  optimizer = make_optimizer(config.optimizer, config.steps, plan.axes)
+  step = make_train_step(plan, optimizer, learning_rate(config.optimizer, config.steps), mesh)
+  trained, frozen = plan.initialise(mesh, 0)
+  batch = tiny.make_batch(config)
+  with jax.set_mesh(mesh):
+    state, metrics = step(initial_state(plan, optimizer, mesh, trained), frozen, global_batch(mesh, batch), jax.random.key(0))
+    assert metrics["finite"] and metrics["learning_rate"] == 0  # warm-up begins at zero
+    before = jax.device_get(state)
+    assert int(before.step) == 1
+    batch["detection"][0, 0, 0], batch["detection_mask"][0, 0] = np.nan, True
+    state, metrics = step(state, frozen, global_batch(mesh, batch), jax.random.key(0))
+  assert not metrics["finite"]
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.parameters, state.optimizer)), (before.parameters, before.optimizer))
+
+
+@pytest.mark.parametrize("train", ["full", "lora", "frozen"])
+def test_frozen_parameters_have_no_optimizer_state(train):
+  plan = tiny.make_plan(tiny.make_config("instruct", model__llm__train=train, model__frozen_dtype="bfloat16"))
+  optimizer = make_optimizer(plan.stage.config.optimizer, 10, plan.axes)
+  trained = {path: plan.shapes[path] for path in plan.paths(True)}
+  state = jax.eval_shape(optimizer.init, trained)
+  counters = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == () and leaf.dtype == jnp.int32]
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) - 4 * len(counters)
+  assert size == 2 * 4 * plan.count(trained=True)  # two float32 moments each
+  assert {plan.shapes[path].dtype for path in plan.paths(False)} == {jnp.dtype("bfloat16")}
+  assert {plan.shapes[path].dtype for path in plan.paths(True)} == {jnp.dtype("float32")}
+  adam = optax.tree.get(state, "mu")
+  assert adam.keys() == trained.keys()
