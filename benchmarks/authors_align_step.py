@@ -1,8 +1,9 @@
 """Stage 1 as the authors compute it, in eager PyTorch: the other side of `align_step.py`.
 
 Every objective is a pass of its own over texts padded to one long row (spatial representation, then caption), and
-attention masks say what a pass ignores. Matching runs three passes, each with its own cross-attention keys and values; the two
-language modelling passes reuse the self-attention keys and values of the query pass, and predict at every position.
+attention masks say what a pass ignores. Matching runs three passes, each with its own cross-attention keys and
+values; the two language modelling passes reuse the self-attention keys and values of the query pass, and predict at
+every position.
 """
 
 import dataclasses
@@ -70,7 +71,7 @@ class AuthorsAlignStep:
   def gradient_norm(self) -> float:
     return float(torch.stack([leaf.grad.norm() for leaf in self.leaves.values() if leaf.grad is not None]).norm())
 
-  def step(self, batch: dict[str, np.ndarray], negatives: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, float]:
+  def step(self, batch: dict[str, np.ndarray], negatives: tuple[np.ndarray, ...]) -> dict[str, float]:
     """Losses of a batch; the gradients of their sum lie in `leaves`.
 
     Args:
@@ -106,17 +107,20 @@ class AuthorsAlignStep:
 
   def _itm(self, pictures: Pictures, batch: dict[str, Tensor], other_pictures, other_texts, found) -> Tensor:
     own = torch.arange(len(found), device=self.device)
-    ids, valid = self._row(batch["spatial_ids"], batch["caption_ids"]), self._row(batch["spatial_mask"], batch["caption_mask"])
-    caption_side = torch.repeat_interleave(  # V sees C and G sees S, and nothing else across
-        torch.tensor([True, False, False, True], device=self.device),
-        torch.tensor([*self._queries, self.spatial_slot, self.text_length - self.spatial_slot], device=self.device))
+    ids = self._row(batch["spatial_ids"], batch["caption_ids"])
+    valid = self._row(batch["spatial_mask"], batch["caption_mask"])
+    visual, grounding = self._queries
+    caption_side = torch.tensor(  # V sees C and G sees S, and nothing else across
+        [True] * visual + [False] * (grounding + self.spatial_slot) + [True] * (self.text_length - self.spatial_slot),
+        device=self.device)
     sees = caption_side[:, None] == caption_side[None]
     losses, counted = [], []
     for label, of_picture, of_text in ((1, own, own), (0, other_pictures, own), (0, own, other_texts)):
       keys = F.pad(valid[of_text], (sum(self._queries), 0), value=True)
       queries, _, _ = self._run(pictures.take(of_picture), ids[of_text], sees & keys[:, None, None])
       for pooled in self._means(queries):
-        losses.append(F.cross_entropy(self._linear("itm", pooled).float(), torch.full_like(own, label), reduction="none"))
+        logits = self._linear("itm", pooled).float()
+        losses.append(F.cross_entropy(logits, torch.full_like(own, label), reduction="none"))
         counted.append(found | bool(label))
     losses, counted = torch.stack(losses), torch.stack(counted)
     return (losses * counted).sum() / counted.sum()
@@ -165,7 +169,8 @@ class AuthorsAlignStep:
     local = torch.cat([self._linear("local_tokens/detection", batch["detection"]) + source[0],
                        self._linear("local_tokens/mask", batch["masks"]) + source[1]], 1)
     valid = torch.cat([batch["detection_mask"], batch["masks_mask"]], 1)
-    return Pictures(self._norm("image_norm", batch["image"], self.config.model.vision.norm_eps), local, valid[:, None, None])
+    image = self._norm("image_norm", batch["image"], self.config.model.vision.norm_eps)
+    return Pictures(image, local, valid[:, None, None])
 
   def _run(self, pictures: Pictures | None, ids: Tensor | None, mask: Tensor | None, context: list | None = None):
     """One pass of queries (if there are `pictures`) and text (if there are `ids`).
@@ -177,8 +182,9 @@ class AuthorsAlignStep:
     if pictures is not None:
       parts.append(self.leaves["queries"].expand(len(pictures.image), -1, -1))
     if ids is not None:
-      places = torch.cat([torch.arange(self.spatial_slot), torch.arange(self.text_length - self.spatial_slot)]).to(self.device)
-      parts.append(F.embedding(ids, self.leaves["words/embedding"]) + F.embedding(places, self.leaves["positions/embedding"]))
+      places = torch.cat([torch.arange(self.spatial_slot), torch.arange(self.text_length - self.spatial_slot)])
+      parts.append(F.embedding(ids, self.leaves["words/embedding"]) +
+                   F.embedding(places.to(self.device), self.leaves["positions/embedding"]))
     hidden = self._norm("norm", torch.cat(parts, 1))
     count, kept = sum(self._queries) if pictures is not None else 0, []
     for number in range(self.model.layers):
@@ -192,7 +198,8 @@ class AuthorsAlignStep:
         queries = hidden[:, :count]
         if number % self.model.cross_attention_frequency == 0:
           v, g = queries.split(self._queries, 1)
-          v = self._attention(layer + "visual_attention", v, self._keys_values(layer + "visual_attention", pictures.image), None)
+          v = self._attention(layer + "visual_attention", v,
+                              self._keys_values(layer + "visual_attention", pictures.image), None)
           g = self._attention(layer + "grounding_attention", g,
                               self._keys_values(layer + "grounding_attention", pictures.local), pictures.local_valid)
           queries = torch.cat([v, g], 1)
@@ -222,4 +229,5 @@ class AuthorsAlignStep:
     return F.linear(x, self.leaves[path + "/kernel"], self.leaves[path + "/bias"])
 
   def _norm(self, path: str, x: Tensor, eps: float | None = None) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], self.leaves[path + "/scale"], self.leaves[path + "/bias"], eps or self.model.norm_eps)
+    return F.layer_norm(x, x.shape[-1:], self.leaves[path + "/scale"], self.leaves[path + "/bias"],
+                        eps or self.model.norm_eps)

@@ -9,8 +9,8 @@ from jax.extend import core
 def count_flops(function, *arguments) -> int:
   """FLOPs of `function(*arguments)`; arguments may be abstract.
 
-  Counted before XLA sees the function, so that a loop counts with its length and what a backward pass computes again counts
-  again. Everything but matrix products and convolutions is left out, as in PyTorch's `FlopCounterMode`.
+  Counted before XLA sees the function, so that a loop counts with its length and what a backward pass computes again
+  counts again. Everything but matrix products and convolutions is left out, as in PyTorch's `FlopCounterMode`.
   """
   return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 

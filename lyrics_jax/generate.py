@@ -14,6 +14,7 @@ from etils import epath
 from lyrics_jax import logs
 from lyrics_jax.data.spatial import parse_boxes
 from lyrics_jax.evaluation.answerer import Answerer
+from lyrics_jax.evaluation.record_name import read_record
 from lyrics_jax.evaluation.drawing import draw_boxes, picture_format
 from lyrics_jax.training.checkpoint import saved_config, trained_manifest
 from refiner_export import settings
@@ -21,7 +22,6 @@ from refiner_export.config import refiner_from_manifest
 from refiner_export.images import UnreadableImage
 from refiner_export.manifest import Manifest
 from refiner_export.pipeline import refine_photo
-from refiner_export.reader import RecordDirectory
 from refiner_export.record import Record
 from refiner_export.settings import UserError, existing_path, require
 from refiner_export.tfrecord import write_atomically
@@ -41,7 +41,7 @@ def generate(checkpoint: str, prompts: Sequence[str], record: str | None = None,
     drawn_as = picture_format(output)
     existing_path(epath.Path(output).parent, "directory of --output", "Make it first.")
   manifest = trained_manifest(checkpoint, saved_config(checkpoint))
-  picture = _read_record(record, manifest) if record else _refine_image(image, manifest)
+  picture = read_record(record, manifest.fingerprint) if record else _refine_image(image, manifest)
   require(bool(picture.image) or not output, f"--output: record {picture.id} has no picture to draw on")
 
   # --- ask ---
@@ -55,15 +55,6 @@ def generate(checkpoint: str, prompts: Sequence[str], record: str | None = None,
     write_atomically(epath.Path(output), draw_boxes(picture.image, boxes, drawn_as))
     print(f"{sum(map(len, boxes))} boxes drawn: {output}", flush=True)
   return answers
-
-
-def _read_record(name: str, manifest: Manifest) -> Record:
-  """The record `DIR#K`, which must come from the same refiner as `manifest`."""
-  path, _, position = name.rpartition("#")
-  require(bool(path) and position.isdecimal(), f"--record={name}: expected DIR#K, for example records#0")
-  directory = RecordDirectory(path, manifest.fingerprint)
-  require(int(position) < len(directory), f"--record={name}: {path} holds records 0 to {len(directory) - 1}")
-  return directory[int(position)]
 
 
 def _refine_image(path: str, manifest: Manifest) -> Record:

@@ -1,7 +1,6 @@
 """LoRA (Hu et al. 2021): a linear map with a trained low-rank addition, y = x W + (alpha / r) dropout(x) A B."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from lyrics_jax.config import LoRAConfig

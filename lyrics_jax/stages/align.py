@@ -41,9 +41,7 @@ class Align:
                                                     "at least one; for none of the refiner, set config.model.use_refiner=false")
     sources = model.perception.look(batch)
     queries, context = mq_former.query_pass(sources, query_key)
-    text = spatial_and_caption((batch["spatial_ids"], batch["spatial_mask"]), (batch["caption_ids"], batch["caption_mask"]),
-                               mq_former.config.restart_positions)
-
+    text = self.text(model, batch)
     similarity = image_text_similarity(model, queries, text, text_key)
     losses = {
         "itc": itc(similarity, smoothing),
@@ -54,6 +52,11 @@ class Align:
         "msp": msp(model, context, batch, smoothing, msp_key),
     }
     return Loss(sum(losses.values()), jnp.float32(1), losses | {"temperature": model.temperature[...]})
+
+  def text(self, model: LyricsForAlignment, batch: Batch) -> Text:
+    """`[BOS]` spatial representation, then `[CLS]` caption."""
+    return spatial_and_caption((batch["spatial_ids"], batch["spatial_mask"]), (batch["caption_ids"], batch["caption_mask"]),
+                               model.perception.mq_former.config.restart_positions)
 
   def _blocks(self) -> int:
     """Within how many blocks of the batch negatives are drawn: one, or one per batch shard of the mesh in use."""

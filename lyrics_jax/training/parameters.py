@@ -5,7 +5,6 @@ Paths such as `perception/mq_former/queries` are the names of checkpoints, weigh
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +87,3 @@ def _part(path: str) -> str:
 
 def _path(path: str) -> tuple[str | int, ...]:
   return tuple(int(part) if part.isdigit() else part for part in path.split("/"))
-
-
-def cast(parameters: Parameters, like: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
-  return {path: value.astype(like[path].dtype) for path, value in parameters.items()}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lyrics_jax.stages.base import Batch, Loss, Stage
+from lyrics_jax.stages.base import Batch, Loss
 from lyrics_jax.training.parameters import ParameterPlan, Parameters
 from lyrics_jax.training.sharding import BATCH
 

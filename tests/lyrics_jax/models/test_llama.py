@@ -105,7 +105,6 @@ def test_greedy_decoding_equals_hugging_face(case):
     alone.append(ids[0, len(prompt):].tolist())
   eos = alone[1][2]  # so that the rows end at different times
   ended = [row[:row.index(eos)] + [eos] * (new - row.index(eos)) if eos in row else row for row in alone]
-  model = case.ours
   decoded = jax.jit(lambda state: (lambda m: greedy(m, m.words(IDS), jnp.asarray(VALID), new, eos))(nnx.merge(case.graph, state)))
   assert np.asarray(decoded(case.state)).tolist() == ended
 

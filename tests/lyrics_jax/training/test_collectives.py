@@ -1,0 +1,62 @@
+"""What travels between eight devices in a step of stage 1, read off the compiled program."""
+
+import math
+import re
+
+import jax
+import optax
+import pytest
+import tiny
+
+from lyrics_jax.config import MeshConfig
+from lyrics_jax.training.sharding import global_batch, make_mesh
+from lyrics_jax.training.step import initial_state, make_train_step
+
+_COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+BATCH = 16
+
+
+def collectives(sizes, negatives):
+  """{kind: sizes in elements} of the collectives in the compiled train step, and how large the pictures' keys at least are."""
+  config = tiny.make_config(batch_size=BATCH, mesh=MeshConfig(*sizes), align__itm_negatives=negatives)
+  mesh = make_mesh(config.mesh)
+  plan = tiny.make_plan(config)
+  optimizer = optax.sgd(1e-2)
+  trained, frozen = plan.initialise(mesh, 0)
+  step = make_train_step(plan, optimizer, lambda _: 0.0, mesh)
+  batch = global_batch(mesh, tiny.make_batch(config))
+  with jax.set_mesh(mesh):
+    program = step.lower(initial_state(plan, optimizer, mesh, trained), frozen, batch, jax.random.key(0)).compile().as_text()
+  found = {}
+  for result, kind in _COLLECTIVE.findall(program):
+    elements = sum(math.prod(map(int, filter(None, dims.split(",")))) for dims in _SHAPE.findall(result))
+    found.setdefault(kind, []).append(elements)
+  mq_former, model = config.model.mq_former, config.model
+  sources = BATCH * min(model.vision.tokens, model.refiner.detection_rows + model.refiner.mask_rows) * mq_former.width
+  return found, sources
+
+
+@pytest.fixture(scope="module")
+def local():
+  return collectives((8, 1, 1), "local")
+
+
+@pytest.fixture(scope="module")
+def globally():
+  return collectives((8, 1, 1), "global")
+
+
+def test_data_parallel_needs_gradients_and_features_only(local):
+  """With local negatives: sums of gradients and losses, ITC features, captions' ids, the similarity. Nothing of a picture."""
+  found, sources = local
+  assert set(found) <= {"all-reduce", "all-gather", "all-to-all"}
+  assert found["all-reduce"] and found["all-gather"]
+  assert max(found["all-gather"]) <= BATCH * 8 < sources  # [B, 8]: features of ITC, ids of a caption
+  assert max(found.get("all-to-all", [0])) <= BATCH * BATCH  # the similarity, turned over
+
+
+def test_global_negatives_move_keys_and_values(globally, local):
+  found, sources = globally
+  assert max(found.get("all-gather", [0])) >= sources or max(found["all-reduce"]) >= sources
+  assert sum(map(sum, found.values())) > sum(map(sum, local[0].values()))
