@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 
 import tokenizers
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which training does not use
 import transformers
 
 from lyrics_jax.data.spatial import SPECIAL_TOKENS

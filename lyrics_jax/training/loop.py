@@ -6,6 +6,7 @@ before, so that the device never waits for the host; log; save; stop when preemp
 
 import contextlib
 import signal
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -64,11 +65,10 @@ def train(config: Config) -> None:
   train_step = make_train_step(plan, optimizer, learning_rate(config.optimizer, config.steps), mesh)
   key = jax.random.key(config.seed)
   metrics = Metrics(config.output, start, config.steps)
-  preempted = _watch_for_preemption()
   compiled = set()  # buckets of text length met so far
   pending = None  # (step, its metrics on the device, its examples' ids)
   # Closed after an error too: a checkpoint may still be on its way to the disk.
-  with jax.set_mesh(mesh), contextlib.closing(checkpoints), contextlib.closing(metrics):
+  with jax.set_mesh(mesh), contextlib.closing(checkpoints), contextlib.closing(metrics), _watch_for_preemption() as preempted:
     for step in range(start + 1, config.steps + 1):
       batch = next(data)
       ids = batch.pop("ids")
@@ -117,8 +117,12 @@ def _agree(bucket: int) -> int:
   return bucket if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(bucket)).max())
 
 
-def _watch_for_preemption():
-  """Makes SIGTERM (what clouds send before taking a machine) end the loop after its current step; returns the question."""
+@contextlib.contextmanager
+def _watch_for_preemption() -> Iterator[Callable[[], bool]]:
+  """Makes SIGTERM (what clouds send before taking a machine) end the loop after its current step; yields the question."""
   received = []
-  signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-  return lambda: bool(received)
+  before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+  try:
+    yield lambda: bool(received)
+  finally:
+    signal.signal(signal.SIGTERM, before)
