@@ -21,21 +21,20 @@ def refine(
               for found, example in zip(opened, examples) if isinstance(found, Image.Image)]
   tags = refiner.tagger.tag(pictures)
   detections = refiner.detector.detect(pictures, tags)
-  masks = refiner.segmenter.segment(pictures, detections)
-  refined = zip(detections, masks)
+  refined = zip(detections, refiner.segmenter.segment(pictures, detections))
   results = []
   for example, found in zip(examples, opened):
     if not isinstance(found, Image.Image):
       results.append(found)
       continue
-    detected, mask_features = next(refined)
+    detected, segments = next(refined)
     results.append(Record(
         id=example.id, source=source,
         image=images.to_jpeg(found, image.quality), height=found.height, width=found.width,
         captions=example.captions, conversations=example.conversations,
         text_boxes=np.array(example.text_boxes, np.float32).reshape(-1, 4),
         tags=detected.tags, boxes=detected.boxes, scores=detected.scores,
-        detection_features=detected.row_features, detection_boxes=detected.row_boxes, mask_features=mask_features))
+        detection_features=detected.row_features, detection_boxes=detected.row_boxes, mask_features=segments.features))
   return results
 
 

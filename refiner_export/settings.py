@@ -13,6 +13,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import typeguard
 from absl import app, flags
@@ -84,6 +85,7 @@ def from_dict(kind: type, values: dict, path: str = "config"):
 
 def define(kind: type) -> flags.FlagHolder:
   """Defines the flag `--config`; its value is a locked `kind` once `run` has parsed the command line."""
+  config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())  # `finalize` checks the word
   holder = config_flags.DEFINE_config_file("config", help_string=f"Python file whose get_config() returns a {kind.__name__}.")
   holder.settings_type = kind
   return holder

@@ -34,6 +34,15 @@ class Detections:
   row_boxes: np.ndarray        # (N, 4) cxcywh in [0, 1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Segments:
+  """What lies under the mask of each of K objects, in the order of the detections; arrays are float32."""
+  features: np.ndarray         # (K, 256)
+  ious: np.ndarray             # (K,) how well the segmenter believes its mask to fit; 1 for a given mask
+  areas: np.ndarray            # (K,) share of the picture that the mask covers, in [0, 1]
+  rles: tuple[bytes, ...]      # K masks as COCO's compressed run-length codes of the picture's size; or none kept
+
+
 class Tagger(Protocol):
   def tag(self, pictures: Sequence[Picture]) -> list[Tags]:
     """Names what each picture shows."""
@@ -47,8 +56,8 @@ class Detector(Protocol):
 
 
 class Segmenter(Protocol):
-  def segment(self, pictures: Sequence[Picture], detections: Sequence[Detections]) -> list[np.ndarray]:
-    """One float32 (K, 256) per picture: a feature of each detected object under its mask."""
+  def segment(self, pictures: Sequence[Picture], detections: Sequence[Detections]) -> list[Segments]:
+    """Masks the detected objects of each picture and describes what lies under each mask."""
 
 
 class Refiner(Protocol):

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from refiner_export.refiners import descriptor
-from refiner_export.refiners.base import Detections, Picture, Tags
+from refiner_export.refiners.base import Detections, Picture, Segments, Tags
 from refiner_export.settings import Settings, require
 from refiner_export.sources.base import SourceObject
 
@@ -102,13 +102,15 @@ class MaskDescriber:
   def __init__(self, grid: int):
     self.grid = grid
 
-  def segment(self, pictures: Sequence[Picture], detections: Sequence[Detections]) -> list[np.ndarray]:
+  def segment(self, pictures: Sequence[Picture], detections: Sequence[Detections]) -> list[Segments]:
     return [self._segment(picture, found) for picture, found in zip(pictures, detections)]
 
-  def _segment(self, picture: Picture, found: Detections) -> np.ndarray:
+  def _segment(self, picture: Picture, found: Detections) -> Segments:
     canvas = descriptor.make_canvas(picture.image, self.grid)
     objects = annotated(picture, dict(zip(found.tags, found.scores)))
-    return descriptor.describe([_masked_region(canvas, box, thing.mask) for box, thing in zip(found.boxes, objects)])
+    regions = [_masked_region(canvas, box, thing.mask) for box, thing in zip(found.boxes, objects)]
+    areas = (found.boxes[:, 2:] - found.boxes[:, :2]).prod(axis=1)  # of the boxes: not every object has a mask
+    return Segments(descriptor.describe(regions), np.ones(len(regions), np.float32), areas, ())
 
 
 def annotated(picture: Picture, score_of: dict[str, float]) -> list[SourceObject]:

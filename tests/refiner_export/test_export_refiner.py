@@ -22,7 +22,7 @@ def photo():
 def run(refiner, picture):
   tags = refiner.tagger.tag([picture])
   detections = refiner.detector.detect([picture], tags)
-  return detections[0], refiner.segmenter.segment([picture], detections)[0]
+  return detections[0], refiner.segmenter.segment([picture], detections)[0].features
 
 
 def test_descriptor_is_wide_finite_and_deterministic(photo):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import time
@@ -168,6 +169,8 @@ def test_commands_say_it_in_one_line(make_run, start, tmp_path):
   config = make_run("align", tmp_path / "run", data__records="nowhere")
   assert one_line(start(config)).startswith("error: no manifest.json in nowhere")
   assert one_line(start(config, "--config.optimizer.peek_lr=1")) == "error: config.optimizer.peek_lr: unknown field (did you mean peak_lr?)"
+  word = one_line(start(config, "--config.stage=pretrain"))
+  assert re.match(r"error: config.stage: expected .*'align', 'instruct'.*, got 'pretrain'", word), word
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(make_run, start, tmp_path, records):
