@@ -18,5 +18,5 @@ def data() -> DataConfig:
       records="runs/quickstart/records",
       mq_former_tokenizer="runs/quickstart/tokenizers/mq_former",
       llm_tokenizer="runs/quickstart/tokenizers/llm",
-      spatial_length=128, caption_length=40, llm_length=112, buckets=(1.0,),
-      crop_scale=(0.7, 1.0), flip=False)  # so small a frozen image encoder cannot tell a mirrored photograph
+      spatial_length=128, caption_length=40, llm_length=128, buckets=(1.0,),
+      crop_scale=(0.4, 1.0), flip=False)  # so small a frozen image encoder cannot tell a mirrored photograph

@@ -6,7 +6,7 @@ from lyrics_jax.config import Config, InstructConfig, OptimizerConfig
 
 def get_config() -> Config:
   return Config(
-      stage="instruct", output="runs/quickstart/instruct", init_from="runs/quickstart/align", steps=1400, batch_size=8,
-      log_every=20, checkpoint_every=350, model=quickstart.model(), data=quickstart.data(),
-      instruct=InstructConfig(system_message="A chat about an image."),
+      stage="instruct", output="runs/quickstart/instruct", init_from="runs/quickstart/align", steps=1000, batch_size=8,
+      log_every=20, checkpoint_every=250, model=quickstart.model(), data=quickstart.data(),
+      instruct=InstructConfig(system_message="A chat about an image.", spatial_to_llm=True),
       optimizer=OptimizerConfig(peak_lr=1e-3, warmup_fraction=0.05))

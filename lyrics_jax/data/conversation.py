@@ -29,7 +29,8 @@ def encode_conversation(tokenizer: LLMTokenizer, system: str, texts: Sequence[st
     system: the system message.
     texts: question, answer, question, answer, ...; an odd number is a prompt, which ends with `ASSISTANT:`.
     image_tokens: soft tokens of the picture, 64 in the paper; 0 for a conversation without a picture.
-    objects: spatial texts, best first, put before the first question: as many as fit in half of the room for text.
+    objects: spatial texts, the most needed first, put before the first question: as many as fit in half of the room
+      for text.
 
   Returns:
     llm_ids: int32 (L,), padded at the end; the padding id also at the picture's places.

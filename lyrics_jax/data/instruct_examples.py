@@ -1,6 +1,7 @@
 """Examples of stage 2: one conversation about one record (paper section 3.4), and prompts for generation."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,7 +74,8 @@ class InstructExamples:
     objects = objects_in_view(record, view, model)
     to_mq_former, _ = encode_objects(self.mq_former_tokenizer, objects if instruct.spatial_to_mq_former else [],
                                      data.coordinates, data.spatial_length)
-    to_llm = [format_object(tag, box, data.coordinates) for tag, box in objects if instruct.spatial_to_llm]
+    to_llm = [format_object(tag, box, data.coordinates) for tag, box in _asked_first(objects, texts[0])
+              if instruct.spatial_to_llm]
     spatial_ids, spatial_mask = pad_ids(to_mq_former, data.spatial_length, self.mq_former_tokenizer.pad)
     heard = texts[0] if instruct.instruction_aware else ""
     heard_ids = encode_sentence(self.mq_former_tokenizer, heard, data.caption_length)
@@ -97,3 +99,8 @@ class InstructExamples:
       if view.boxes_xyxy(referred)[1].all():
         return view
     return View()
+
+
+def _asked_first(objects: Sequence[tuple[str, np.ndarray]], question: str) -> list[tuple[str, np.ndarray]]:
+  """The objects that a question names, then the others, each in their order: what is asked about must find room."""
+  return sorted(objects, key=lambda thing: re.search(rf"\b{re.escape(thing[0])}\b", question.lower()) is None)

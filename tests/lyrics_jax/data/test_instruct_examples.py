@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -70,6 +71,17 @@ def test_where_the_spatial_representation_goes(maker, records, to_mq_former, to_
   first = format_object(records[0].tags[0], records[0].boxes[0], "decimal")
   assert (f"\n{first}" in said(examples, example)) == to_llm
   assert said(examples, example).endswith("\nHow many cats are there? ASSISTANT: two")
+
+
+def test_what_is_asked_about_is_written_first(maker, records):
+  """The room for objects is limited, so the one in question must not be what is left out."""
+  examples = maker(instruct={"spatial_to_llm": True})
+  written = lambda text: [tag for tag in re.findall(r"<T> (.*?) </T>", said(examples, examples.prompt(records[0], [text])))]
+  in_order = written("What is there?")
+  assert in_order == list(records[0].tags[:len(in_order)]) and len(in_order) >= 2
+  asked = records[0].tags[-1]
+  assert written(f"Where is the {asked.upper()}?")[:2] == [asked, in_order[0]]
+  assert written(f"Where are the {asked}s?") == in_order  # another word
 
 
 def test_a_referred_box_stays_in_view(maker, records):
