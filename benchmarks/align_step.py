@@ -30,7 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks.jaxpr_flops import count_flops  # noqa: E402
 from lyrics_jax.config import Config, DataConfig, ModelConfig, MQFormerConfig, RefinerConfig, VisionConfig  # noqa: E402
-from lyrics_jax.data.buckets import WINDOW, bucket_length, bucket_of, cut, sorted_batches  # noqa: E402
+from lyrics_jax.data.buckets import WINDOW, cut_to, lengths_of, sorted_batches  # noqa: E402
 from lyrics_jax.data.mq_former_text import OUTSIDE, mask_objects  # noqa: E402
 from lyrics_jax.data.padding import pad_ids  # noqa: E402
 from lyrics_jax.stages.align import Align, hard_negatives, image_text_similarity  # noqa: E402
@@ -170,12 +170,14 @@ def run_ours(config: Config, window: list[dict[str, np.ndarray]], checked: list[
                                (batch["caption_ids"], batch["caption_mask"]),
                                config.model.mq_former.restart_positions)
     # Without a key the stage draws its negatives from this one.
-    return hard_negatives(image_text_similarity(model, queries, text, None), batch["caption_ids"], jax.random.key(0))
+    similarity = image_text_similarity(model, queries, text, config.align.itc_pooling, None)
+    return hard_negatives(similarity, batch["caption_ids"], jax.random.key(0))
 
   rows, checks = [], {}
-  buckets = [bucket_of(config.data, batch) for batch in window]
-  for bucket, count in sorted(collections.Counter(buckets).items()):
-    members = {k: jax.device_put(cut(config.data, window[k], bucket)) for k, own in enumerate(buckets) if own == bucket}
+  lengths = [lengths_of(config.data, batch) for batch in window]
+  texts = [(length["spatial_ids"], length["caption_ids"]) for length in lengths]
+  for (spatial, caption), count in sorted(collections.Counter(texts).items()):
+    members = {k: jax.device_put(cut_to(lengths[k], window[k])) for k, own in enumerate(texts) if own == (spatial, caption)}
     batch = next(iter(members.values()))
     start = time.perf_counter()
     step = jax.jit(gradients).lower(parameters, batch).compile()
@@ -186,7 +188,6 @@ def run_ours(config: Config, window: list[dict[str, np.ndarray]], checked: list[
       checks[k] = ({name: float(losses[name]) for name in ("itc", "itm", "icg", "msp")},
                    float(optax.global_norm(gradient)), jax.tree.map(np.array, negatives(parameters, members[k])))
     del gradient
-    spatial, caption = (bucket_length(config.data, bucket, name) for name in ("spatial_ids", "caption_ids"))
     rows.append({"text": f"{spatial}+{caption}", "batches": count, "compile_seconds": compiled,
                  "seconds": timed(lambda: jax.block_until_ready(step(parameters, batch))),
                  "flops": count_flops(gradients, parameters, batch),

@@ -12,6 +12,7 @@ from refiner_export.settings import Settings, require
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots"]
+ItcPooling = Literal["mean", "max"]
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -128,6 +129,7 @@ class AlignConfig(Settings):
   """Stage 1, representation alignment: L = L_itc + L_itm + L_icg + L_msp (paper section 3.3)."""
   label_smoothing: float = 0.1  # on ITC, ICG and MSP
   temperature: float = 0.07  # initial; learnt
+  itc_pooling: ItcPooling = "mean"  # a picture is its pooled queries (paper), or its most similar query (BLIP-2)
   itm_negatives: Literal["global", "local"] = "global"  # drawn from the global batch, or from the device's own pairs
   mask_probability: float = 0.15  # of masking a whole object in MSP
   retrieval_records: str = ""  # held-out directory of records to measure retrieval on while training; empty = none
@@ -147,7 +149,7 @@ class InstructConfig(Settings):
   """Stage 2, instruction fine-tuning (paper section 3.4)."""
   instruction_aware: bool = True  # the instruction also enters the MQ-Former as text
   spatial_to_mq_former: bool = True
-  spatial_to_llm: bool = False
+  spatial_to_llm: bool = False  # as many as there is room for; those that the question names come first
   system_message: str = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
                          "helpful, detailed, and polite answers to the user's questions.")
 
@@ -162,7 +164,7 @@ class DataConfig(Settings):
   spatial_length: int = 384
   caption_length: int = 96  # caption in stage 1, instruction in stage 2
   llm_length: int = 512  # conversation of stage 2, the 64 image positions included
-  buckets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # shares of these lengths that batches are cut to; one compilation each
+  buckets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)  # shares that batches are cut to, see `data/buckets.py`
   coordinates: Literal["decimal", "integer"] = "decimal"  # 0.125 or 125 of 1000
   crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the area kept by the random resized crop; (1, 1) = no crop
   flip: bool = True

@@ -1,8 +1,9 @@
-"""Text lengths in buckets: a batch is cut to the shortest bucket that holds all its texts.
+"""Text lengths in buckets: the texts of a batch are cut to the shortest buckets that hold them.
 
-`config.data.buckets` are shares of the full lengths (`spatial_length`, `caption_length`, `llm_length`), so a step compiles at
-most once per bucket. Examples of one window of several batches are sorted by length before they are batched; otherwise
-nearly every large batch would hold one long text.
+`config.data.buckets` are shares of the full lengths (`spatial_length`, `caption_length`, `llm_length`). Captions have a bucket
+of their own, all other texts share one, so a step compiles at most `most_shapes` times: a stage without captions once per
+bucket. Examples of one window of several batches are sorted by length before they are batched; otherwise nearly every
+large batch would hold one long text.
 """
 
 import math
@@ -13,29 +14,40 @@ from lyrics_jax.config import DataConfig
 
 WINDOW = 8  # batches that are sorted together
 
+Lengths = dict[str, int]  # tokens of each text array, by the array's name
+
 _LENGTH_OF = {  # of the second axis of each text array
     "spatial_ids": "spatial_length", "spatial_mask": "spatial_length", "msp_ids": "spatial_length", "msp_targets": "spatial_length",
     "caption_ids": "caption_length", "caption_mask": "caption_length", "icg_ids": "caption_length",
     "instruction_ids": "caption_length", "instruction_mask": "caption_length",
     "llm_ids": "llm_length", "llm_mask": "llm_length", "llm_targets": "llm_length", "image_slot": "llm_length"}
 _MASKS = [name for name in _LENGTH_OF if name.endswith("_mask")]
+_CAPTION = {"caption_ids", "caption_mask", "icg_ids"}
 
 
-def bucket_length(data: DataConfig, bucket: int, name: str) -> int:
-  """Tokens of text array `name` in bucket number `bucket`."""
-  return math.ceil(data.buckets[bucket] * getattr(data, _LENGTH_OF[name]))
+def lengths_of(data: DataConfig, batch: dict[str, np.ndarray]) -> Lengths:
+  """The lengths to which the texts of a batch, arrays [B, T], can be cut; also of an example, arrays [T].
+
+  Of several hosts' lengths the greatest, array by array, hold the texts of all of them.
+  """
+  lengths = {}
+  for group in (_CAPTION, _LENGTH_OF.keys() - _CAPTION):
+    names = [name for name in batch if name in group]
+    used = {name: _used(batch[name]) for name in names if name in _MASKS}
+    share = next(share for share in data.buckets
+                 if all(count <= _length(data, share, name) for name, count in used.items()))
+    lengths |= {name: _length(data, share, name) for name in names}
+  return lengths
 
 
-def bucket_of(data: DataConfig, arrays: dict[str, np.ndarray]) -> int:
-  """The first bucket that holds every text of an example (arrays [T]) or of a batch (arrays [B, T])."""
-  used = {name: _used(arrays[name]) for name in _MASKS if name in arrays}
-  return next(bucket for bucket in range(len(data.buckets))
-              if all(count <= bucket_length(data, bucket, name) for name, count in used.items()))
+def most_shapes(data: DataConfig, lengths: Lengths) -> int:
+  """How many different lengths the batches of a stage can have, given those of one batch."""
+  return len(data.buckets) ** len({name in _CAPTION for name in lengths})
 
 
-def cut(data: DataConfig, batch: dict[str, np.ndarray], bucket: int) -> dict[str, np.ndarray]:
-  """The batch with its texts cut to a bucket that holds them."""
-  return {name: value[:, :bucket_length(data, bucket, name)] if name in _LENGTH_OF else value for name, value in batch.items()}
+def cut_to(lengths: Lengths, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The batch with its texts cut to lengths that hold them."""
+  return {name: value[:, :lengths[name]] if name in lengths else value for name, value in batch.items()}
 
 
 def sorted_batches(examples: list[dict], batch_size: int, order: np.ndarray) -> list[list[dict]]:
@@ -47,6 +59,10 @@ def sorted_batches(examples: list[dict], batch_size: int, order: np.ndarray) -> 
   lengths = [sum(_used(example[name]) for name in _MASKS if name in example) for example in examples]
   by_length = [examples[k] for k in np.argsort(lengths, kind="stable")]
   return [by_length[k * batch_size:(k + 1) * batch_size] for k in order]
+
+
+def _length(data: DataConfig, share: float, name: str) -> int:
+  return math.ceil(share * getattr(data, _LENGTH_OF[name]))
 
 
 def _used(mask: np.ndarray) -> int:

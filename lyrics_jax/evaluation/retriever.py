@@ -6,12 +6,15 @@ about a text with its objects, not about a caption. The honest second figure, `c
 representation blank ([BOS] alone), and takes of ITM what the visual queries say, which see nothing of it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lyrics_jax.config import ItcPooling
 from lyrics_jax.data.loader import Records, make_examples
 from lyrics_jax.data.retrieval_examples import RetrievalExamples
 from lyrics_jax.evaluation.retrieval import best, recalls, reranked
@@ -45,13 +48,13 @@ class Retriever:
     everywhere = NamedSharding(mesh, PartitionSpec())
     compiled = lambda function, out=None: jax.jit(
         lambda parameters, *inputs: function(plan.model(*parameters), *inputs), out_shardings=out)
-    self._picture_features = compiled(_picture_features, everywhere)
+    self._picture_features = compiled(functools.partial(_picture_features, config.align.itc_pooling), everywhere)
     self._text_features = compiled(_text_features, everywhere)
     self._look = compiled(lambda model, pictures: model.perception.look(pictures))
     self._matching = compiled(_matching, everywhere)
 
   def picture_features(self, parameters: tuple[Parameters, Parameters], records: Records) -> np.ndarray:
-    """float32[P, D], of length 1."""
+    """float32[P, N, D], each of length 1: see `align.image_features`."""
     batches = self._batches(len(records))
     return np.concatenate([np.asarray(self._picture_features(parameters, self._pictures(records, some)))[:len(some)]
                            for some in batches])
@@ -110,7 +113,7 @@ def retrieve(retriever: Retriever, parameters: tuple[Parameters, Parameters], re
     texts = sum(texts_of, [])
     pictures = retriever.picture_features(parameters, records)
     # Rounded: equal texts shall score alike in whatever order a product is summed.
-    similarities = [np.round(pictures @ features.T, 6) for features in retriever.text_features(parameters, texts)]
+    similarities = [np.round(cosines(pictures, features), 6) for features in retriever.text_features(parameters, texts)]
     results = {f"{figure}itc_{name}": value for figure, similarity in zip(FIGURES, similarities)
                for name, value in recalls(similarity, similarity, picture_of).items()}
     if not rerank:
@@ -125,25 +128,27 @@ def retrieve(retriever: Retriever, parameters: tuple[Parameters, Parameters], re
   return results
 
 
-def _picture_features(model: LyricsForAlignment, pictures: Batch) -> Array:
+def cosines(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
+  """float32[P, T]: of each text, [T, D], with the most similar of each picture's features, [P, N, D]."""
+  return functools.reduce(np.maximum, (pictures[:, n] @ texts.T for n in range(pictures.shape[1])))
+
+
+def _picture_features(pooling: ItcPooling, model: LyricsForAlignment, pictures: Batch) -> Array:
   queries, _ = model.perception.mq_former.query_pass(model.perception.look(pictures))
-  return image_features(model, queries)
+  return image_features(model, queries, pooling)
 
 
 def _text_features(model: LyricsForAlignment, texts: Batch) -> Array:
   blank = texts["spatial_mask"] & (jnp.arange(texts["spatial_mask"].shape[1]) == 0)
 
-  def features(text: Text) -> Array:
-    return text_features(model, model.perception.mq_former.text_pass(text, masks.ITC, None), text)
-
-  return jnp.stack([features(_text(model, texts)), features(_text(model, texts | {"spatial_mask": blank}))])
+  return jnp.stack([text_features(model, _text(model, texts)), text_features(model, _text(model, texts | {"spatial_mask": blank}))])
 
 
 def _matching(model: LyricsForAlignment, sources: Sources, pairs: Batch) -> Array:
   """float32[2, B]; `pairs` are texts, each with the number of its `picture` among `sources`, int32[B]."""
   picked = lambda axis: lambda a: jnp.take(a, pairs["picture"], axis=axis)
   sources = Sources(*jax.tree.map(picked(1), (sources.visual, sources.grounding)), picked(0)(sources.grounding_valid))
-  queries, _ = model.perception.mq_former.joint_pass(sources, _text(model, pairs), masks.ITM)
+  queries, _ = model.perception.mq_former.joint_pass(sources, _text(model, pairs), masks.ITM, read=())
   visual, grounding = (jax.nn.softmax(model.itm(pooled).astype(jnp.float32))[:, 1]
                        for pooled in model.perception.mq_former.pool(queries))
   return jnp.stack([(visual + grounding) / 2, visual])

@@ -4,6 +4,7 @@ Parameters are float32 and carry `logical_axes`, one name or None per dimension,
 axes. A layer computes in the dtype of its input; softmax and norms are float32 inside.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,9 @@ LogicalAxes = Sequence[str | None]
 lecun_normal = jax.nn.initializers.lecun_normal()
 xavier_uniform = jax.nn.initializers.xavier_uniform()
 normal = jax.nn.initializers.normal(0.02)
+
+_UNSEEN = jnp.finfo(jnp.float32).min  # in place of the score of a key that a query may not see
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: LogicalAxes) -> nnx.Param:
@@ -90,17 +94,63 @@ def merge_heads(x: Array) -> Array:
 def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
   """Scaled dot-product attention, softmax in float32.
 
+  No scores are stored: the backward pass computes them again from each query's normaliser, by the formulas of flash
+  attention (Dao et al. 2022, section 3.1). Stored scores are the largest arrays of a training step, and writing them costs
+  more than the one product that replaces them.
+
   Args:
     query: [B, Tq, H, d]. key, value: [B, Tk, K, d], K dividing H (grouped queries).
-    mask: bool[B, 1, Tq, Tk], True where the query may look, or None for everywhere.
+    mask: bool[B, 1, Tq or 1, Tk], True where the query may look, or None for everywhere.
 
   Returns:
     [B, Tq, H, d]; zero for a query that may look nowhere, so that an absent source adds nothing.
   """
-  out = jax.nn.dot_product_attention(query, key, value, mask=mask)
-  if mask is not None:
-    out = jnp.where(mask.any(-1)[:, 0, :, None, None], out, 0)
-  return out
+  batch, rows, heads, width = query.shape
+  groups = heads // key.shape[2]
+  # The queries that share a key stand in one row of its head; heads stand before tokens, as batched products want them.
+  query = query.reshape(batch, rows, -1, groups, width).transpose(0, 2, 3, 1, 4).reshape(batch, -1, groups * rows, width)
+  if mask is not None and mask.shape[2] > 1:
+    mask = jnp.tile(mask, (1, 1, groups, 1))
+  out = _attend(query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), mask)
+  return out.reshape(batch, -1, groups, rows, width).transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, width)
+
+
+@jax.custom_vjp
+def _attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+  """query: [B, H, Tq, d]; key, value: [B, H, Tk, d]; mask broadcasts to [B, H, Tq, Tk]. Returns [B, H, Tq, d]."""
+  return _forward(query, key, value, mask)[0]
+
+
+def _scores(query: Array, key: Array, mask: Array | None) -> Array:
+  scores = _product("bhqd,bhkd->bhqk", query, key) / math.sqrt(query.shape[-1])
+  return scores if mask is None else jnp.where(mask, scores, _UNSEEN)
+
+
+def _forward(query: Array, key: Array, value: Array, mask: Array | None):
+  scores = _scores(query, key, mask)
+  largest = scores.max(-1, keepdims=True, initial=_UNSEEN)
+  weights = jnp.exp(scores - largest)
+  total = weights.sum(-1, keepdims=True)
+  out = _product("bhqk,bhkd->bhqd", weights.astype(value.dtype), value) / total
+  blind = largest == _UNSEEN
+  out = jnp.where(blind, 0, out).astype(query.dtype)
+  # An infinite normaliser makes all weights of a query that sees nothing zero in the backward pass.
+  return out, (query, key, value, mask, jnp.where(blind, jnp.inf, largest + jnp.log(total)), out)
+
+
+def _backward(stored, gradient: Array):
+  query, key, value, mask, normaliser, out = stored
+  weights = jnp.exp(_scores(query, key, mask) - normaliser)
+  by_weight = _product("bhqd,bhkd->bhqk", gradient, value)
+  along_out = (gradient.astype(jnp.float32) * out).sum(-1, keepdims=True)
+  by_score = (weights * (by_weight - along_out) / math.sqrt(query.shape[-1])).astype(query.dtype)
+  by_query = _product("bhqk,bhkd->bhqd", by_score, key)
+  by_key = _product("bhqk,bhqd->bhkd", by_score, query)
+  by_value = _product("bhqk,bhqd->bhkd", weights.astype(value.dtype), gradient)
+  return by_query.astype(query.dtype), by_key.astype(key.dtype), by_value.astype(value.dtype), None
+
+
+_attend.defvjp(_forward, _backward)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -126,27 +176,34 @@ class Stack(nnx.Module):
     self.blocks = nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.fork(split=depth))
     self.depth = depth
 
-  def scan(self, step: Callable, carry, xs=None, *, key: Array | None = None, remat: Remat = "none"):
+  def scan(self, step: Callable, carry, xs=None, *, key: Array | None = None, remat: Remat = "none",
+           last: Callable | None = None):
     """Applies `step(block, carry, x, key) -> (carry, y)` block after block.
 
     Args:
       xs: pytree whose leaves have a leading axis of length `depth`, one slice per block.
       key: random key, split into one per block.
       remat: what the backward pass recomputes: nothing, everything, or everything but matrix products.
+      last: `step` of the last block, where it differs; that block is then compiled for itself and its y dropped.
 
     Returns:
       The last carry, and the stacked ys.
     """
     graph, parameters = nnx.split(self.blocks)
     keys = None if key is None else jax.random.split(key, self.depth)
+    slices = parameters, xs, keys
 
-    def body(carry, slices):
-      block_parameters, x, block_key = slices
-      return step(nnx.merge(graph, block_parameters), carry, x, block_key)
+    def body(step):
+      def apply(carry, slices):
+        block_parameters, x, block_key = slices
+        return step(nnx.merge(graph, block_parameters), carry, x, block_key)
 
-    if remat != "none":
-      body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, carry, (parameters, xs, keys), length=self.depth)
+      return apply if remat == "none" else jax.checkpoint(apply, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+
+    if last is None:
+      return jax.lax.scan(body(step), carry, slices, length=self.depth)
+    carry, ys = jax.lax.scan(body(step), carry, jax.tree.map(lambda a: a[:-1], slices), length=self.depth - 1)
+    return body(last)(carry, jax.tree.map(lambda a: a[-1], slices))[0], ys
 
 
 def parameter_count(shapes: Sequence[tuple[int, ...]]) -> int:

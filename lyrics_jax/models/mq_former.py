@@ -10,6 +10,8 @@ both together, for ITM and for instructions.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,37 +28,53 @@ KeyValue = tuple[Array, Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
+class Negatives:
+  """One other row for each of B rows: `index`, int32[B].
+
+  With `blocks` > 1 it stays within the row's own block of B / blocks rows: where each device holds a block, nothing travels.
+  """
+  index: Array
+  blocks: int = dataclasses.field(default=1, metadata={"static": True})
+
+  def take(self, rows: Array) -> Array:
+    """rows[index] along axis 0, [B, ...]."""
+    size = rows.shape[0] // self.blocks
+    local = (self.index - jnp.arange(rows.shape[0]) // size * size).reshape(self.blocks, size)
+    taken = jax.vmap(lambda block, i: jnp.take(block, i, axis=0))(rows.reshape(self.blocks, size, *rows.shape[1:]), local)
+    return taken.reshape(rows.shape)
+
+  def attend(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    """`layers.attend` of three sets of queries for each of B sources; the third looks at the row's negative.
+
+    Args:
+      query: [3B, Tq, H, d], the sets of one row next to each other. key, value: [B, Tk, H, d]. mask: bool[B, 1, 1, Tk].
+    """
+    sets = query.reshape(-1, 3, *query.shape[1:])
+    own = attend(sets[:, :2].reshape(len(sets), -1, *query.shape[2:]), key, value, mask)
+    other = attend(sets[:, 2], self.take(key), self.take(value), None if mask is None else self.take(mask))
+    return jnp.concatenate([own.reshape(sets[:, :2].shape), other[:, None]], axis=1).reshape(query.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
 class Sources:
   """Cross-attention keys and values of B pictures for every layer that has cross-attention (G groups of layers).
 
   `visual`: two arrays [G, B, T, H, d] of the image tokens. `grounding`: the same of the local tokens;
-  `grounding_valid`: bool[B, T], False on padding.
+  `grounding_valid`: bool[B, T], False on padding. `negatives`: see `matching`.
   """
   visual: KeyValue
   grounding: KeyValue
   grounding_valid: Array
+  negatives: Negatives | None = None
 
-  def matching(self, negatives: Array, blocks: int) -> "Sources":
-    """The sources of 3B pairs: each picture, its negative (int32[B]) and itself again, next to each other.
+  def matching(self, negatives: Negatives) -> "Sources":
+    """The sources of 3B pairs: each picture twice, then its negative, next to each other.
 
-    The rows of one picture stay on its device; what travels are the negatives (see `take`).
+    Nothing is copied: a layer looks up the negatives' keys and values when it attends to them. So the rows of one picture
+    stay on its device, and what travels for global negatives is one layer's at a time.
     """
-    triple = lambda own, negative, axis: jnp.stack([own, negative, own], axis + 1).reshape(
-        *own.shape[:axis], -1, *own.shape[axis + 1:])
-    kv = lambda a: triple(a, jax.vmap(lambda layer: take(layer, negatives, blocks))(a), 1)
-    return Sources(jax.tree.map(kv, self.visual), jax.tree.map(kv, self.grounding),
-                   triple(self.grounding_valid, take(self.grounding_valid, negatives, blocks), 0))
-
-
-def take(rows: Array, index: Array, blocks: int) -> Array:
-  """rows[index] along axis 0, [B, ...] and int32[B].
-
-  With `blocks` > 1 an index stays within its own block of B / blocks rows: where each device holds a block, nothing travels.
-  """
-  size = rows.shape[0] // blocks
-  local = (index - jnp.arange(rows.shape[0]) // size * size).reshape(blocks, size)
-  taken = jax.vmap(lambda block, i: jnp.take(block, i, axis=0))(rows.reshape(blocks, size, *rows.shape[1:]), local)
-  return taken.reshape(rows.shape)
+    return dataclasses.replace(self, negatives=negatives)
 
 
 @jax.tree_util.register_dataclass
@@ -71,9 +89,9 @@ class Text:
   positions: Array
   segments: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
-  def matching(self, negatives: Array, blocks: int) -> "Text":
-    """The texts of the 3B pairs of `Sources.matching`: each text twice, then its picture's negative (int32[B])."""
-    triple = lambda own: jnp.stack([own, own, take(own, negatives, blocks)], 1).reshape(-1, *own.shape[1:])
+  def matching(self, negatives: Negatives) -> "Text":
+    """The texts of the 3B pairs of `Sources.matching`: each text, its picture's negative, and the text again."""
+    triple = lambda own: jnp.stack([own, negatives.take(own), own], 1).reshape(-1, *own.shape[1:])
     return Text(triple(self.ids), triple(self.valid), triple(self.positions), self.segments)
 
 
@@ -107,7 +125,8 @@ class Attention(nnx.Module):
   def keys_values(self, source: Array) -> KeyValue:
     return split_heads(self.k(source), self.heads), split_heads(self.v(source), self.heads)
 
-  def __call__(self, x: Array, keys_values: KeyValue, mask: Array | None, key: Array | None) -> Array:
+  def __call__(self, x: Array, keys_values: KeyValue, mask: Array | None, key: Array | None,
+               attend: Callable[..., Array] = attend) -> Array:
     y = self.o(merge_heads(attend(split_heads(self.q(x), self.heads), *keys_values, mask)))
     return self.norm(x + dropout(y, self.rate, key))
 
@@ -135,25 +154,32 @@ class MQFormerLayer(nnx.Module):
     self.query_mlp = FeedForward(config, rngs=rngs)
     self.text_mlp = FeedForward(config, rngs=rngs)
 
-  def __call__(self, queries: Array | None, text: Array | None, context: KeyValue | None, mask: Array,
-               visual: KeyValue | None, grounding: KeyValue | None, grounding_mask: Array | None, key: Array | None):
+  def __call__(self, queries: Array | None, text: Array | None, context: KeyValue | None, sight: masks.Sight | None,
+               visual: KeyValue | None, grounding: KeyValue | None, grounding_mask: Array | None, key: Array | None,
+               negatives: Negatives | None = None, read: tuple[int, ...] | None = None):
     """One layer over queries [B, Q, D] and text [B, T, D] (either may be absent).
 
-    `context`: keys and values of queries that ran before, put in front of this pass's own. `visual`, `grounding`: keys and
-    values of the sources in a layer with cross-attention. Returns (queries, text, this pass's own keys and values).
+    `context`: keys and values of queries that ran before, put in front of this pass's own. `sight`: who sees whom in the
+    self-attention; None lets all see all. `visual`, `grounding`: keys and values of the sources in a layer with
+    cross-attention; with `negatives` of B / 3 pictures. `read`: the places of the text at which the output is read, None for
+    all; the others have keys and values only. Returns (queries, text, this pass's own keys and values).
     """
     keys = split_key(key, 5)
-    hidden = jnp.concatenate([part for part in (queries, text) if part is not None], axis=1)
+    join = lambda *parts: jnp.concatenate([part for part in parts if part is not None], axis=1)
+    hidden = join(queries, text)
     own = self.self_attention.keys_values(hidden)
     seen = own if context is None else tuple(jnp.concatenate([c, o], axis=1) for c, o in zip(context, own))
-    hidden = self.self_attention(hidden, seen, mask, keys[0])
+    if read is not None:
+      hidden = join(queries, text[:, np.array(read, np.int32)])
+    within, across = attend if sight is None else sight.attend, attend if negatives is None else negatives.attend
+    hidden = self.self_attention(hidden, seen, None, keys[0], within)
     if queries is not None:
       queries, text = hidden[:, :queries.shape[1]], hidden[:, queries.shape[1]:] if text is not None else None
       if visual is not None:
         v, g = queries[:, :self.visual_queries], queries[:, self.visual_queries:]
-        v = self.visual_attention(v, visual, None, keys[1])
+        v = self.visual_attention(v, visual, None, keys[1], across)
         if g.shape[1]:
-          g = self.grounding_attention(g, grounding, grounding_mask, keys[2])
+          g = self.grounding_attention(g, grounding, grounding_mask, keys[2], across)
         queries = jnp.concatenate([v, g], axis=1)
       queries = self.query_mlp(queries, keys[3])
     else:
@@ -205,20 +231,26 @@ class MQFormer(nnx.Module):
     queries, _, keys_values = self._run(sources, None, None, masks.ITC, key)
     return queries, keys_values
 
-  def text_pass(self, text: Text, visibility: masks.Visibility, context: KeyValue | None, key: Array | None = None) -> Array:
-    """Text alone ([B, T, D]); with `context` (from `query_pass`) it also sees the queries, as `visibility` allows."""
-    return self._run(None, text, context, visibility, key)[1]
+  def text_pass(self, text: Text, visibility: masks.Visibility, context: KeyValue | None, key: Array | None = None,
+                read: tuple[int, ...] | None = None) -> Array:
+    """Text alone ([B, T, D]); with `context` (from `query_pass`) it also sees the queries, as `visibility` allows.
 
-  def joint_pass(self, sources: Sources, text: Text, visibility: masks.Visibility, key: Array | None = None) -> tuple[Array, Array]:
-    """Queries and text together: hidden states [B, Q, D] and [B, T, D]."""
-    return self._run(sources, text, None, visibility, key)[:2]
+    With `read` the result is that of these places only, [B, len(read), D]; the last layer leaves out what nothing reads.
+    """
+    return self._run(None, text, context, visibility, key, read)[1]
+
+  def joint_pass(self, sources: Sources, text: Text, visibility: masks.Visibility, key: Array | None = None,
+                 read: tuple[int, ...] | None = None) -> tuple[Array, Array]:
+    """Queries and text together: hidden states [B, Q, D] and [B, T, D], of the text as in `text_pass`."""
+    return self._run(sources, text, None, visibility, key, read)[:2]
 
   def pool(self, queries: Array) -> tuple[Array, Array]:
     """Means of the visual and of the grounding queries, each [B, D]."""
     visual = self.config.visual_queries
     return queries[:, :visual].mean(1), queries[:, visual:].mean(1)
 
-  def _run(self, sources: Sources | None, text: Text | None, context: KeyValue | None, visibility, key):
+  def _run(self, sources: Sources | None, text: Text | None, context: KeyValue | None, visibility: masks.Visibility,
+           key: Array | None, read: tuple[int, ...] | None = None):
     embed_key, stack_key = split_key(key, 2)
     batch = text.ids.shape[0] if text is not None else sources.grounding_valid.shape[0]
     embedded, rows, valid = [], [], []
@@ -237,12 +269,12 @@ class MQFormer(nnx.Module):
     columns = rows
     if context is not None:
       columns, valid = [self.query_segments, *rows], [jnp.ones((batch, len(self.query_segments)), bool), *valid]
-    mask = masks.attention_mask(visibility, np.concatenate(rows), np.concatenate(columns), jnp.concatenate(valid, axis=1))
+    columns, valid = np.concatenate(columns), jnp.concatenate(valid, axis=1)
+    sight = masks.Sight.of(visibility, np.concatenate(rows), columns, valid)
     grounding_mask = sources.grounding_valid[:, None, None, :] if sources is not None else None
-    if grounding_mask is not None:
-      grounding_mask = jnp.broadcast_to(grounding_mask, (batch, 1, self.config.grounding_queries, grounding_mask.shape[-1]))
+    negatives = sources.negatives if sources is not None else None
 
-    def step(group, carry, x, key):
+    def step(group, carry, x, key, end=(sight, None)):
       queries, words = carry
       source, context = x
       visual, grounding = source if source is not None else (None, None)
@@ -250,11 +282,16 @@ class MQFormer(nnx.Module):
       for n, (layer, layer_key) in enumerate(zip(group.layers, split_key(key, len(group.layers)))):
         before = None if context is None else jax.tree.map(lambda a: a[n], context)
         cross = (visual, grounding, grounding_mask) if n == 0 else (None, None, None)
-        queries, words, own = layer(queries, words, before, mask, *cross, layer_key)
+        seen, read = end if n == len(group.layers) - 1 else (sight, None)
+        queries, words, own = layer(queries, words, before, seen, *cross, layer_key, negatives, read)
         kept.append(own)
       # Only the query pass hands its keys and values on; elsewhere they would be dead weight in memory.
       return (queries, words), jax.tree.map(lambda *a: jnp.stack(a), *kept) if text is None else None
 
     xs = (None if sources is None else (sources.visual, sources.grounding), context)
-    (queries, words), keys_values = self.stack.scan(step, (queries, words), xs, key=stack_key, remat=self.remat)
+    last = None
+    if read is not None:
+      rows[-1] = rows[-1][list(read)]
+      last = functools.partial(step, end=(masks.Sight.of(visibility, np.concatenate(rows), columns, valid), read))
+    (queries, words), keys_values = self.stack.scan(step, (queries, words), xs, key=stack_key, remat=self.remat, last=last)
     return queries, words, keys_values

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lyrics_jax.config import Config
+from lyrics_jax.config import Config, ItcPooling
 from lyrics_jax.models import masks
 from lyrics_jax.models.lyrics import LyricsForAlignment
-from lyrics_jax.models.mq_former import KeyValue, Sources, Text, spatial_and_caption
+from lyrics_jax.models.mq_former import KeyValue, Negatives, Sources, Text, spatial_and_caption
 from lyrics_jax.stages.base import Array, Batch, Loss, cross_entropy, masked_mean, text_spec, visual_spec
 from refiner_export.settings import require
 
@@ -42,7 +42,7 @@ class Align:
     sources = model.perception.look(batch)
     queries, context = mq_former.query_pass(sources, query_key)
     text = self.text(model, batch)
-    similarity = image_text_similarity(model, queries, text, text_key)
+    similarity = image_text_similarity(model, queries, text, self.config.align.itc_pooling, text_key)
     losses = {
         "itc": itc(similarity, smoothing),
         # Evaluation draws its negatives from a fixed key, so that two runs agree.
@@ -64,28 +64,42 @@ class Align:
     return 1 if self.config.align.itm_negatives == "global" else sizes.get("data", 1) * sizes.get("fsdp", 1)
 
 
-def image_features(model: LyricsForAlignment, queries: Array) -> Array:
-  """H_I = [mean(V); mean(G)] -> L2-normalised float32[B, 256]."""
-  return _normalised(model.itc_image(jnp.concatenate(model.perception.mq_former.pool(queries), axis=-1)))
+def image_features(model: LyricsForAlignment, queries: Array, pooling: ItcPooling) -> Array:
+  """L2-normalised float32[B, N, 256]: the N features of a picture, of which `itc` counts the most similar one.
+
+  "mean" (the paper): one, the linear map of H_I = [mean(V); mean(G)]. "max" (BLIP-2 and the authors' code): one of each
+  query, the same map of [v; 0] for a visual and of [0; g] for a grounding query.
+  """
+  if pooling == "mean":
+    return _normalised(model.itc_image(jnp.concatenate(model.perception.mq_former.pool(queries), axis=-1)))[:, None]
+  visual = model.perception.mq_former.config.visual_queries
+  v, g = queries[:, :visual], queries[:, visual:]
+  own_half = jnp.concatenate([jnp.pad(v, ((0, 0), (0, 0), (0, v.shape[-1]))), jnp.pad(g, ((0, 0), (0, 0), (g.shape[-1], 0)))], 1)
+  return _normalised(model.itc_image(own_half))
 
 
-def text_features(model: LyricsForAlignment, hidden: Array, text: Text) -> Array:
+def text_features(model: LyricsForAlignment, text: Text, key: Array | None = None) -> Array:
   """H_T = [h(BOS); h(CLS)] -> L2-normalised float32[B, 256]."""
-  bos, cls = text.segments.index(masks.S), text.segments.index(masks.C)
-  return _normalised(model.itc_text(jnp.concatenate([hidden[:, bos], hidden[:, cls]], axis=-1)))
+  ends = text.segments.index(masks.S), text.segments.index(masks.C)
+  hidden = model.perception.mq_former.text_pass(text, masks.ITC, None, key, read=ends)
+  return _normalised(model.itc_text(hidden.reshape(len(hidden), -1)))
 
 
-def image_text_similarity(model: LyricsForAlignment, queries: Array, text: Text, key: Array | None) -> Array:
+def image_text_similarity(model: LyricsForAlignment, queries: Array, text: Text, pooling: ItcPooling, key: Array | None) -> Array:
   """float32[B, B], row i the picture, column j the text, divided by the learnt temperature."""
-  hidden = model.perception.mq_former.text_pass(text, masks.ITC, None, key)
-  return image_features(model, queries) @ text_features(model, hidden, text).T / model.temperature[...]
+  each = jnp.einsum("ind,jd->inj", image_features(model, queries, pooling), text_features(model, text, key))
+  return each.max(1) / model.temperature[...]
 
 
 def itc(similarity: Array, smoothing: float) -> Array:
   """Image-text contrastive loss over the global batch.
 
+  A picture's similarity to a text is that of the most similar of the picture's features (see `image_features`): with
+  config.align.itc_pooling = "mean" there is one, with "max" one of every visual and every grounding query. A text has one
+  feature, of [BOS] and [CLS] together, either way. Hard negatives and retrieval go by the same similarity.
+
   L_itc = 1/2 (CE(s(I, T), y) + CE(s(T, I), y)), y the diagonal. Under `jit` the similarity matrix is of the whole global
-  batch on any mesh; only the [B, 256] features travel between devices.
+  batch on any mesh; only the texts' [B, 256] features travel between devices.
   """
   targets = jnp.arange(similarity.shape[0])
   return (cross_entropy(similarity, targets, smoothing).mean() + cross_entropy(similarity.T, targets, smoothing).mean()) / 2
@@ -116,13 +130,14 @@ def itm(model: LyricsForAlignment, sources: Sources, text: Text, similarity: Arr
   p is one classifier over mean(V), which saw the caption, and over mean(G), which saw the spatial representation. The
   pictures' cross-attention keys and values are reused, not computed again.
 
-  What travels between devices: the [B, B] similarity; with global negatives (`blocks` = 1) also the texts' ids and the
-  cross-attention keys and values of the whole batch, of which each device picks its negatives; with `blocks` = the number
-  of batch shards (config.align.itm_negatives = "local") neither: each device draws from its own pairs.
+  What travels between devices: the [B, B] similarity; with global negatives (`blocks` = 1) also the texts' ids and, one
+  layer after the other, the cross-attention keys and values of the whole batch, of which each device picks its negatives;
+  with `blocks` = the number of batch shards (config.align.itm_negatives = "local") neither: each device draws from its own
+  pairs.
   """
   pictures, texts, found = hard_negatives(similarity, caption_ids, negatives_key, blocks)
   queries, _ = model.perception.mq_former.joint_pass(
-      sources.matching(pictures, blocks), text.matching(texts, blocks), masks.ITM, key)
+      sources.matching(Negatives(pictures, blocks)), text.matching(Negatives(texts, blocks)), masks.ITM, key, read=())
   logits = jnp.stack([model.itm(pooled) for pooled in model.perception.mq_former.pool(queries)])
   targets = jnp.tile(jnp.array([1, 0, 0]), len(found))
   used = jnp.stack([jnp.ones_like(found), found, found], 1).reshape(-1)

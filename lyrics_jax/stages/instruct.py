@@ -63,7 +63,7 @@ class Instruct:
     if spatial is None and instruction is None:
       return mq_former.query_pass(sources, key)[0]
     text = spatial_and_caption(spatial, instruction, mq_former.config.restart_positions)
-    return mq_former.joint_pass(sources, text, masks.INSTRUCT, key)[0]
+    return mq_former.joint_pass(sources, text, masks.INSTRUCT, key, read=())[0]
 
 
 def causal_mask(valid: Array) -> Array:

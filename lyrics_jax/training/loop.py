@@ -14,7 +14,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from lyrics_jax.config import Config
-from lyrics_jax.data.buckets import bucket_of, cut
+from lyrics_jax.data.buckets import Lengths, cut_to, lengths_of, most_shapes
 from lyrics_jax.data.loader import open_records, train_batches
 from lyrics_jax.evaluation.while_training import WhileTraining
 from lyrics_jax.stages import make_stage
@@ -65,19 +65,20 @@ def train(config: Config) -> None:
   train_step = make_train_step(plan, optimizer, learning_rate(config.optimizer, config.steps), mesh)
   key = jax.random.key(config.seed)
   metrics = Metrics(config.output, start, config.steps)
-  compiled = set()  # buckets of text length met so far
+  compiled = []  # the lengths of texts met so far
   pending = None  # (step, its metrics on the device, its examples' ids)
   # Closed after an error too: a checkpoint may still be on its way to the disk.
   with jax.set_mesh(mesh), contextlib.closing(checkpoints), contextlib.closing(metrics), _watch_for_preemption() as preempted:
     for step in range(start + 1, config.steps + 1):
       batch = next(data)
       ids = batch.pop("ids")
-      bucket = _agree(bucket_of(config.data, batch))
-      if bucket not in compiled:
-        compiled.add(bucket)
-        logging.info("step %d: compiling for texts of %g of their full length (%d of at most %d compilations)", step,
-                     config.data.buckets[bucket], len(compiled), len(config.data.buckets))
-      batch = cut(config.data, batch, bucket)
+      lengths = _agree(lengths_of(config.data, batch))
+      if lengths not in compiled:
+        compiled.append(lengths)
+        logging.info("step %d: compiling for texts of %s tokens (%d of at most %d compilations)", step,
+                     ", ".join(f"{lengths[name]} ({name.removesuffix('_mask')})" for name in lengths if name.endswith("_mask")),
+                     len(compiled), most_shapes(config.data, lengths))
+      batch = cut_to(lengths, batch)
       state, values = train_step(state, frozen, global_batch(mesh, batch), key)
       metrics.count(_tokens(batch) * jax.process_count(), config.batch_size)
       if pending is not None:
@@ -112,9 +113,12 @@ def _tokens(batch: dict[str, np.ndarray]) -> int:
   return sum(int(value.sum()) for name, value in batch.items() if name.endswith("_mask") and name not in ("detection_mask", "masks_mask"))
 
 
-def _agree(bucket: int) -> int:
-  """The largest of all hosts' buckets: one global batch has one shape."""
-  return bucket if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(bucket)).max())
+def _agree(lengths: Lengths) -> Lengths:
+  """The greatest of all hosts' lengths: one global batch has one shape."""
+  if jax.process_count() == 1:
+    return lengths
+  everywhere = multihost_utils.process_allgather(np.array(list(lengths.values()), np.int32))
+  return dict(zip(lengths, everywhere.max(0).tolist()))
 
 
 @contextlib.contextmanager

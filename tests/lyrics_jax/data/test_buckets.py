@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -20,32 +21,72 @@ def taken(config, records, count):
   return list(itertools.islice(train_batches(config, records), count))
 
 
+def cut(config, batch):
+  return buckets.cut_to(buckets.lengths_of(config.data, batch), batch)
+
+
+def bucket(config, lengths, name, full):
+  """Which share of the full length a text array is cut to."""
+  return [math.ceil(share * full) for share in config.data.buckets].index(lengths[name])
+
+
 def test_cutting_loses_no_token_and_no_shorter_bucket_would_do(config, records):
   met = set()
   for batch in taken(config, records, 24):
-    bucket = buckets.bucket_of(config.data, batch)
-    met.add(bucket)
-    short = buckets.cut(config.data, batch, bucket)
-    for name, value in batch.items():
-      if name.endswith("_mask"):
-        assert short[name].sum() == value.sum(), name
-    if bucket:
-      shorter = buckets.cut(config.data, batch, bucket - 1)
-      assert any(shorter[name].sum() < batch[name].sum() for name in batch if name.endswith("_mask"))
-  assert len(met) > 1
+    lengths = buckets.lengths_of(config.data, batch)
+    met.add(tuple(lengths.values()))
+    short = cut(config, batch)
+    masks = [name for name in batch if name in lengths and name.endswith("_mask")]
+    assert len(masks) == (2 if config.stage == "align" else 3)
+    for name in masks:
+      assert short[name].sum() == batch[name].sum(), name
+    numbers = {name: bucket(config, lengths, name, batch[name].shape[1]) for name in masks}
+    for group in [{"caption_mask"}, {"spatial_mask", "instruction_mask", "llm_mask"}]:
+      group = group & numbers.keys()
+      assert len({numbers[name] for name in group}) <= 1  # one bucket for all of a group
+      number = numbers[next(iter(group))] if group else 0
+      if number:
+        shorter = {name: math.ceil(config.data.buckets[number - 1] * batch[name].shape[1]) for name in group}
+        assert any(batch[name][:, length:].any() for name, length in shorter.items())
+  assert 1 < len(met) <= buckets.most_shapes(config.data, lengths)
 
 
-def test_lengths_are_the_stated_shares(config, records):
+def test_a_caption_has_a_bucket_of_its_own(make_config):
+  data = make_config(data=SHARES).data
+  mask = lambda used, length: np.arange(length)[None] < used
+  texts = lambda spatial, caption: {"spatial_mask": mask(spatial, 192), "spatial_ids": np.zeros((1, 192)),
+                                    "caption_mask": mask(caption, 48), "icg_ids": np.zeros((1, 48))}
+  lengths = buckets.lengths_of(data, texts(150, 9))
+  assert lengths == {"spatial_mask": 154, "spatial_ids": 154, "caption_mask": 12, "icg_ids": 12}  # 0.8 and 0.25
+  assert buckets.lengths_of(data, texts(9, 48)) == {"spatial_mask": 48, "spatial_ids": 48, "caption_mask": 48, "icg_ids": 48}
+  assert buckets.most_shapes(data, lengths) == 36
+
+
+def test_the_greatest_lengths_of_several_hosts_hold_the_texts_of_all(config, records):
+  batches = taken(config, records, 6)
+  of_hosts = [buckets.lengths_of(config.data, batch) for batch in batches]
+  assert all(list(lengths) == list(of_hosts[0]) for lengths in of_hosts)  # in one order, so that hosts can compare
+  agreed = {name: max(lengths[name] for lengths in of_hosts) for name in of_hosts[0]}
+  together = {name: np.concatenate([batch[name] for batch in batches]) for name in agreed}
+  assert agreed == buckets.lengths_of(config.data, together)
+
+
+def test_lengths_are_the_stated_shares(make_config, records):
+  config = make_config(batch_size=2, data=SHARES)
   batch = taken(config, records, 1)[0]
-  short = buckets.cut(config.data, batch, 0)
+  batch["spatial_mask"][:, 48:] = False
+  short = cut(config, batch)
   assert short["spatial_ids"].shape[1] == 48 and short["spatial_mask"].shape[1] == 48  # a quarter of 192
   assert short["image"] is batch["image"] and short["detection_mask"] is batch["detection_mask"]
 
 
 def test_every_array_with_a_text_axis_is_cut(config, records):
   batch = taken(config, records, 1)[0]
+  for name in ("spatial_mask", "caption_mask", "instruction_mask", "llm_mask"):
+    if name in batch:
+      batch[name][:, 1:] = False
   lengths = (config.data.spatial_length, config.data.caption_length, config.data.llm_length)
-  short = buckets.cut(config.data, batch, 0)
+  short = cut(config, batch)
   for name, value in batch.items():
     if name != "ids" and value.ndim == 2 and value.shape[1] in lengths:
       assert short[name].shape[1] < value.shape[1], name

@@ -74,10 +74,10 @@ def single(model, retriever, exported):
     picture, text = jax.tree.map(lambda a: a[None], (picture, text))
     caption = text["caption_ids"], text["caption_mask"]
     sources = model.perception.look(picture)
-    outcome = [image_features(model, model.perception.mq_former.query_pass(sources)[0])]
+    outcome = [image_features(model, model.perception.mq_former.query_pass(sources)[0], "mean")[:, 0]]
     for length in (None, 1):  # the whole spatial representation, and [BOS] alone
       joined = spatial_and_caption((text["spatial_ids"][:, :length], text["spatial_mask"][:, :length]), caption, True)
-      outcome.append(text_features(model, model.perception.mq_former.text_pass(joined, masks.ITC, None), joined))
+      outcome.append(text_features(model, joined))
       queries, _ = model.perception.mq_former.joint_pass(sources, joined, masks.ITM)
       outcome.append(jnp.stack([jax.nn.softmax(model.itm(pooled)[0])[1] for pooled in model.perception.mq_former.pool(queries)]))
     return outcome
@@ -94,7 +94,7 @@ def test_in_batches_as_one_at_a_time(model, retriever, exported, single):
   wanted = np.random.default_rng(0).random((len(directory), len(texts))) < 0.6  # more pairs than a batch, and not a multiple
   assert wanted.sum() > retriever.batch_size and wanted.sum() % retriever.batch_size
   with jax.set_mesh(retriever.mesh):
-    np.testing.assert_allclose(retriever.picture_features(parameters, directory), single[0], atol=1e-5)
+    np.testing.assert_allclose(retriever.picture_features(parameters, directory)[:, 0], single[0], atol=1e-5)
     np.testing.assert_allclose(retriever.text_features(parameters, texts), single[1], atol=1e-5)
     found = retriever.matching(parameters, directory, texts, wanted)
   np.testing.assert_allclose(found, np.where(wanted, single[2], 0), atol=1e-5)

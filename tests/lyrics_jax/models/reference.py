@@ -134,12 +134,18 @@ class Reference:
     visual = self.mq_config.visual_queries
     return queries[:, :visual].mean(1), queries[:, visual:].mean(1)
 
-  def similarity(self):
+  def similarity(self, pooling="mean"):
     queries, spatial, caption = self.run("itc", self.spatial, self.caption)
-    image = linear(below(self.parameters, "itc_image"), np.concatenate(self.means(queries), -1))
+    if pooling == "mean":
+      inputs = [np.concatenate(self.means(queries), -1)]
+    else:
+      visual, blank = self.mq_config.visual_queries, np.zeros_like(queries[:, 0])
+      inputs = [np.concatenate([query, blank] if n < visual else [blank, query], -1)
+                for n, query in enumerate(queries.swapaxes(0, 1))]
     text = linear(below(self.parameters, "itc_text"), np.concatenate([spatial[:, 0], caption[:, 0]], -1))
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
-    return unit(image) @ unit(text).T / self.parameters["temperature"]
+    each = [unit(linear(below(self.parameters, "itc_image"), image)) @ unit(text).T for image in inputs]
+    return np.max(each, axis=0) / self.parameters["temperature"]
 
   def itc(self):
     similarity, smoothing = self.similarity(), self.config.align.label_smoothing

@@ -27,7 +27,7 @@ def case():
     image_tokens = model.perception.vision(batch["image"], "float32")
     queries, _ = model.perception.mq_former.query_pass(model.perception.look(batch))
     text = plan.stage.text(model, batch)
-    negatives = hard_negatives(image_text_similarity(model, queries, text, None), batch["caption_ids"], jax.random.key(0))
+    negatives = hard_negatives(image_text_similarity(model, queries, text, "mean", None), batch["caption_ids"], jax.random.key(0))
     return image_tokens, negatives
 
   gradients = jax.device_get(jax.jit(jax.jacrev(losses))(trained))

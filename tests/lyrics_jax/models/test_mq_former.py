@@ -35,7 +35,7 @@ def case(request):
     both = spatial_and_caption(spatial, caption, restart)
     sources = model.perception.look(batch)
     queries, context = mq_former.query_pass(sources)
-    similarity = image_text_similarity(model, queries, both, None)
+    similarity = image_text_similarity(model, queries, both, "mean", None)
     return {
         "image_tokens": model.perception.image_norm(model.perception.vision(batch["image"], "float32")),
         "queries": queries,
@@ -44,7 +44,7 @@ def case(request):
         "msp_text": mq_former.text_pass(spatial_and_caption(pair("msp_ids", "spatial_mask"), None, restart), masks.MSP, context),
         "itm": mq_former.joint_pass(sources, both, masks.ITM),
         "instruct": mq_former.joint_pass(sources, both, masks.INSTRUCT),
-        "similarity": similarity,
+        "similarity": {"mean": similarity, "max": image_text_similarity(model, queries, both, "max", None)},
         "negatives": hard_negatives(similarity, batch["caption_ids"], jax.random.key(0)),
         "losses": plan.stage.loss(model, batch, None),
     }
@@ -66,7 +66,12 @@ def test_contrastive_pass(case):
   close(got["queries"], queries)
   valid = np.concatenate([batch["spatial_mask"], batch["caption_mask"]], axis=1)
   close(got["itc_text"], np.concatenate([spatial, caption], axis=1), valid)
-  np.testing.assert_allclose(got["similarity"], reference.similarity(), atol=1e-4)  # the temperature magnifies 14 times
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_similarity(case, pooling):
+  got, reference, _ = case
+  np.testing.assert_allclose(got["similarity"][pooling], reference.similarity(pooling), atol=1e-4)  # the temperature magnifies 14 times
 
 
 def test_generation_and_prediction_reuse_the_queries(case):

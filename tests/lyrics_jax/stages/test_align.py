@@ -65,10 +65,10 @@ def test_queries_do_not_see_the_text(align):
   @jax.jit
   def features(parameters, batch):
     model = align.plan.model(*align.plan.split(parameters))
-    return image_features(model, model.perception.mq_former.query_pass(model.perception.look(batch))[0])
+    return image_features(model, model.perception.mq_former.query_pass(model.perception.look(batch))[0], "mean")
 
   picture = {name: batch[name] for name in ("image", "detection", "detection_mask", "masks", "masks_mask")}
-  assert features(align.parameters, picture).shape == (8, 8)  # computed without any text at all
+  assert features(align.parameters, picture).shape == (8, 1, 8)  # computed without any text at all
   losses = align.loss(align.parameters, batch).metrics
   captions = align.loss(align.parameters, batch | {name: other[name] for name in ("caption_ids", "caption_mask", "icg_ids")}).metrics
   spatial = align.loss(align.parameters, batch | {name: other[name] for name in (
