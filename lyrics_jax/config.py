@@ -205,11 +205,14 @@ class MeshConfig(Settings):
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  slices: int = 1  # TPU slices joined by the data-center network, which only the data axis crosses
 
   def check(self, path):
     sizes = (self.data, self.fsdp, self.tensor)
     require(sizes.count(-1) <= 1 and all(s == -1 or s > 0 for s in sizes),
             f"{path}={sizes}: each axis is a positive count, at most one is -1")
+    _at_least(self, path, 1, "slices")
+    require(self.data == -1 or self.data % self.slices == 0, f"{path}.data={self.data} is not a multiple of {path}.slices={self.slices}")
 
 
 @dataclasses.dataclass(unsafe_hash=True)

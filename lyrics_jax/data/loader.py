@@ -1,8 +1,8 @@
 """Records to batches with Grain: global shuffle, exact resume, a slice per host.
 
-Every item has a position in one global order that depends only on the seed: epoch after epoch, each shuffled anew.
-Host h of n takes positions h, h + n, h + 2n, ..., and an item's random numbers depend on the seed and its position
-alone. So a step sees the same examples whatever the number of hosts or threads, and an iterator's state is one number.
+Every item has a position in one global order that depends only on the seed: epoch after epoch, each shuffled anew. A step
+takes the next positions, host h of n the h-th part of them, and an item's random numbers depend on the seed and its
+position alone. So a step sees the same examples, in the same rows, whatever the number of hosts or threads.
 """
 
 import functools
@@ -71,8 +71,8 @@ def train_batches(config: Config, records: Records, process_index: int = 0,
   With several `config.data.buckets` a host's examples of a few batches are sorted by text length among those batches (see
   `buckets`); which examples meet in a step then depends on the number of hosts.
 
-  The iterator's `get_state()` is a small JSON-able dictionary; `set_state` resumes right after the batch that was last
-  taken when the state was read.
+  The iterator's `get_state()` is a small JSON-able dictionary, the same on every host; `set_state` resumes right after the
+  batch that was last taken when the state was read. See `for_hosts`.
   """
   require(config.batch_size % process_count == 0,
           f"config.batch_size={config.batch_size} is not a multiple of the {process_count} processes")
@@ -84,11 +84,23 @@ def train_batches(config: Config, records: Records, process_index: int = 0,
   return batch(config, examples, config.batch_size // process_count, process_index, process_count)
 
 
+def for_hosts(state: dict, before: int, now: int) -> dict:
+  """The state of `train_batches` over `before` hosts as one over `now` hosts, which resumes at the same position.
+
+  Where examples are sorted by length the window that was begun starts again: its part that was read is read twice.
+  """
+  if before == now or "parent" not in state:  # a count of batches, and every host takes one in each step
+    return state
+  window = state["parent"]
+  position = window["parent"]["next_index"] * before // now
+  return {"parent": {**window, "parent": {"next_index": position}}, "next_index_in_buffer": 0}
+
+
 def eval_batches(config: Config, records: Records, batch_size: int, process_index: int = 0,
                  process_count: int = 1) -> Iterator[Batch]:
   """Each item once, in order: whole pictures, first caption, first template. The last batch may be smaller."""
   examples = _items(config, records).random_map(functools.partial(make_examples(config), augment=False))
-  return _batch(config, examples, batch_size, process_index, process_count)
+  return _batch(config, examples, batch_size, process_index, process_count, last=True)
 
 
 def collate(examples: list[dict[str, np.ndarray | str]]) -> Batch:
@@ -105,9 +117,10 @@ def _items(config: Config, records: Records) -> grain.MapDataset:
   return grain.MapDataset.source(source).seed(config.seed)
 
 
-def _batch(config: Config, examples: grain.MapDataset, batch_size: int, process_index: int,
-           process_count: int) -> grain.DatasetIterator:
-  batches = examples[process_index::process_count].batch(batch_size, batch_fn=collate)
+def _batch(config: Config, examples: grain.MapDataset, batch_size: int, process_index: int, process_count: int,
+           last: bool = False) -> grain.DatasetIterator:
+  """`last`: whether the examples end, with a batch of what is left."""
+  batches = examples.batch(batch_size, drop_remainder=not last, batch_fn=collate)[process_index::process_count]
   # Whole batches wait in the buffer, each of them large: one ready for every one in the making is enough.
   options = grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=2 * config.data.workers)
   return iter(batches.to_iter_dataset(options))

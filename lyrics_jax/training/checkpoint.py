@@ -3,7 +3,7 @@
     OUTPUT/config.json            the run's configuration
     OUTPUT/manifest.json          the manifest of the records it is trained on
     OUTPUT/frozen/                frozen parameters, written once
-    OUTPUT/checkpoints/STEP/      trained parameters, optimizer state, the position of every host's data iterator
+    OUTPUT/checkpoints/STEP/      trained parameters, optimizer state, the data iterators' position
 """
 
 import json
@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lyrics_jax.config import Config
+from lyrics_jax.data.loader import for_hosts
 from lyrics_jax.training.parameters import Parameters
 from lyrics_jax.training.step import TrainState
 from refiner_export import settings
@@ -26,8 +27,10 @@ class Checkpoints:
 
   def __init__(self, output: str, keep: int = 2):
     self.output = epath.Path(output).absolute()
-    self.manager = ocp.CheckpointManager(
-        self.output / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+    handlers = {"parameters": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler()}
+    self.manager = ocp.CheckpointManager(self.output / "checkpoints", item_handlers=handlers,
+                                         options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
 
   def latest(self) -> int | None:
     return self.manager.latest_step()
@@ -38,23 +41,26 @@ class Checkpoints:
     if self.latest() != step:
       self.manager.save(step, args=ocp.args.Composite(
           parameters=ocp.args.StandardSave(state.parameters), optimizer=ocp.args.StandardSave(state.optimizer),
-          data=grain.checkpoint.CheckpointSave(data)))
+          data=ocp.args.JsonSave({"hosts": jax.process_count(), "state": data.get_state()})))
 
   def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
-    """The newest checkpoint, laid out like `state`; `data` is moved to where it stood."""
+    """The newest checkpoint, laid out like `state`; `data` is moved to where it stood, with however many hosts that was."""
     step = self.latest()
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     try:
       restored = self.manager.restore(step, args=ocp.args.Composite(
           parameters=ocp.args.StandardRestore(abstract.parameters), optimizer=ocp.args.StandardRestore(abstract.optimizer),
-          data=grain.checkpoint.CheckpointRestore(data)))
+          data=ocp.args.JsonRestore()))
     except (ValueError, KeyError) as error:
       raise _misfit(self.output / "checkpoints" / str(step), error) from error
+    data.set_state(for_hosts(restored.data["state"], restored.data["hosts"], jax.process_count()))
     return TrainState(jax.device_put(jax.numpy.int32(step), state.step.sharding), restored.parameters, restored.optimizer)
 
   def restore_parameters(self, like: dict[str, jax.ShapeDtypeStruct] | None = None) -> Parameters:
-    """Trained parameters of the newest checkpoint, as saved, or laid out like `like` (with shardings)."""
-    return self.manager.restore(self.latest(), args=ocp.args.Composite(parameters=ocp.args.StandardRestore(like))).parameters
+    """Trained parameters of the newest checkpoint, in this host's memory, or laid out like `like` (with shardings)."""
+    step = self.latest()
+    like = like or _in_host_memory(self.manager.item_metadata(step)["parameters"])
+    return self.manager.restore(step, args=ocp.args.Composite(parameters=ocp.args.StandardRestore(like))).parameters
 
   def reached_preemption(self, step: int) -> bool:
     return self.manager.reached_preemption(step)
@@ -74,6 +80,7 @@ class Checkpoints:
       return {}
     try:
       with ocp.StandardCheckpointer() as checkpointer:
+        like = like or _in_host_memory(checkpointer.metadata(self.output / "frozen").item_metadata.tree)
         return checkpointer.restore(self.output / "frozen", like)
     except (ValueError, KeyError) as error:
       raise _misfit(self.output / "frozen", error) from error
@@ -86,6 +93,12 @@ class Checkpoints:
       temporary = self.output / "config.json.tmp"
       temporary.write_text(config.to_json())
       temporary.replace(self.output / "config.json")
+
+
+def _in_host_memory(saved) -> dict[str, jax.ShapeDtypeStruct]:
+  """As saved, but for where it lay: the devices of the run that saved it may not be here."""
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+  return {path: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=here) for path, value in saved.items()}
 
 
 def _misfit(path: epath.Path, error: Exception) -> UserError:

@@ -6,6 +6,7 @@ and vocabulary; everything else is on every device. A dimension that does not di
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lyrics_jax.config import MeshConfig
@@ -17,18 +18,35 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """The mesh over all devices. Raises `UserError` when the axes do not multiply to their number."""
+  """The mesh over all devices; with several slices, each holds a part of the data axis and all of the others.
+
+  Of devices that are no TPUs each process counts as a slice.
+
+  Raises:
+    UserError: the axes do not multiply to the number of devices, or there are not so many slices.
+  """
   devices = jax.devices() if devices is None else devices
   sizes = [config.data, config.fsdp, config.tensor]
   known = int(np.prod([size for size in sizes if size != -1]))
   sizes = [len(devices) // known if size == -1 else size for size in sizes]
   require(int(np.prod(sizes)) == len(devices),
           f"config.mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} does not give the {len(devices)} devices here")
-  return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  if config.slices == 1:
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  by_process = devices[0].platform != "tpu"
+  found = len({device.process_index if by_process else device.slice_index for device in devices})
+  require(found == config.slices, f"config.mesh.slices={config.slices}, but the devices here are of {found}")
+  require(sizes[0] % config.slices == 0, f"config.mesh.data={sizes[0]} is not a multiple of config.mesh.slices={config.slices}")
+  return Mesh(mesh_utils.create_hybrid_device_mesh((sizes[0] // config.slices, *sizes[1:]), (config.slices, 1, 1), devices,
+                                                   process_is_granule=by_process), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:
+  """Raises `UserError` unless every device has as many rows of a (micro)batch, and every host rows of its own."""
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+  require(bool((hosts == hosts[..., :1]).all()), f"config.mesh.tensor={mesh.shape['tensor']} splits one example over several hosts: "
+                                                 f"make it divide the {hosts.size // len(np.unique(hosts))} devices of a host")
   require(batch_size % shards == 0, f"config.batch_size: {batch_size} examples per microbatch are not a multiple of the "
                                     f"{shards} devices that config.mesh.data x config.mesh.fsdp splits them over")
 

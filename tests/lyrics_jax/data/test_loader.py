@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lyrics_jax.data
-from lyrics_jax.data.loader import ConversationSource, eval_batches, train_batches
+from lyrics_jax.data.buckets import WINDOW
+from lyrics_jax.data.loader import ConversationSource, eval_batches, for_hosts, train_batches
 from refiner_export.record import RecordError
 from refiner_export.settings import UserError
 
@@ -59,9 +60,26 @@ def test_hosts_share_the_global_batch(make_config, records, hosts):
   parts = [take(train_batches(config, records, host, hosts), 4) for host in range(hosts)]
   for step, batch in enumerate(whole):
     assert all(len(part[step]["ids"]) == config.batch_size // hosts for part in parts)
-    assert sum((rows(part[step]) for part in parts), collections.Counter()) == rows(batch)
+    together = {name: np.concatenate([part[step][name] for part in parts]) for name in batch.keys() - {"ids"}}
+    assert_same([{**together, "ids": sum((part[step]["ids"] for part in parts), [])}], [batch])  # the same rows, too
   with pytest.raises(UserError, match="config.batch_size=4 is not a multiple of the 3 processes"):
     train_batches(config, records, 0, 3)
+
+
+@pytest.mark.parametrize("buckets, read_again", [((1.0,), 0), ((0.25, 1.0), 2)], ids=["one length", "sorted by length"])
+def test_a_run_goes_on_with_another_number_of_hosts(make_config, records, buckets, read_again):
+  """Every conversation of two epochs exactly once, but for those of a window of sorted batches that was begun."""
+  config = make_config(stage="instruct", batch_size=2, data={"buckets": buckets})
+  hosts = [train_batches(config, records, host, 2) for host in range(2)]
+  steps = WINDOW + read_again
+  before = [name for host in hosts for batch in take(host, steps) for name in batch["ids"]]
+  states = [json.loads(json.dumps(host.get_state())) for host in hosts]
+  assert states[0] == states[1]
+  alone = train_batches(config, records)
+  alone.set_state(for_hosts(states[0], 2, 1))
+  after = [name for batch in take(alone, 48 - WINDOW) for name in batch["ids"]]
+  whole_window = before[:WINDOW] + before[steps:steps + WINDOW]  # of each host, the one example of each step
+  assert collections.Counter(whole_window + after) == {record.id: 2 * len(record.conversations) for record in records}
 
 
 def test_an_epoch_covers_every_conversation_once(make_config, records):

@@ -1,5 +1,6 @@
 """Records on disk, tiny runs on them, and the gradients that a train step computes on any mesh."""
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -52,20 +53,23 @@ def make_run(record_directory, tokenizer_directory):
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-  """`start(config)`: a process of `python -m lyrics_jax.train` on one CPU device. Equal programs are compiled once."""
+  """`start(config)`: a process of `python -m lyrics_jax.train` on one CPU device, or more. Equal programs are compiled once."""
   folder = tmp_path_factory.mktemp("commands")
   flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
-  environment = os.environ | {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+  environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
                               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+  numbers = itertools.count()
 
-  def run(config: Config, *arguments: str) -> subprocess.Popen:
-    (folder / "config.json").write_text(config.to_json())
-    path = folder / "config.py"
+  def run(config: Config, *arguments: str, devices: int = 1) -> subprocess.Popen:
+    own = folder / str(next(numbers))  # a process may read its configuration when the next one is already starting
+    own.mkdir()
+    (own / "config.json").write_text(config.to_json())
+    path = own / "config.py"
     path.write_text("import json\nfrom lyrics_jax.config import Config\nfrom refiner_export.settings import from_dict\n\n\n"
-                    f"def get_config():\n  config = from_dict(Config, json.load(open({str(folder / 'config.json')!r})))\n"
+                    f"def get_config():\n  config = from_dict(Config, json.load(open({str(own / 'config.json')!r})))\n"
                     "  config.__dict__.pop('_final')\n  return config\n")
     return subprocess.Popen([sys.executable, "-m", "lyrics_jax.train", "--config", str(path), *arguments], cwd=ROOT,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            env=environment | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
   return run
 
