@@ -1,13 +1,15 @@
 # make quickstart   photographs in, answers out, on this machine's CPU
 # make test         the default tests
 # make test-all     the slow ones too
+# make test-original   the refiner's networks as their authors' packages run them, in an environment of their own
 PYTHON ?= python3
 VENV ?= .venv
+ORIGINAL := .venv-original/bin/python
 RUN := runs/quickstart
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: quickstart test test-all clean-quickstart
+.PHONY: quickstart test test-all test-original clean-quickstart
 .DELETE_ON_ERROR:
 
 $(PY):
@@ -44,6 +46,16 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PY) -m pytest -m 'slow or not slow'
+
+.venv-original/.installed: constraints-original.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed: make PYTHON=python3.11 test-original")'
+	$(PYTHON) -m venv --clear .venv-original
+	$(ORIGINAL) -m pip install --disable-pip-version-check --quiet --constraint $< torch
+	$(ORIGINAL) -m pip install --disable-pip-version-check --quiet --no-deps --requirement $<
+	touch $@
+
+test-original: .venv-original/.installed
+	$(ORIGINAL) -m pytest tests/original
 
 clean-quickstart:
 	rm -rf $(RUN)

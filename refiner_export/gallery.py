@@ -11,7 +11,7 @@ from refiner_export.manifest import Manifest
 from refiner_export.reader import RecordDirectory
 from refiner_export.record import ASSISTANT, Record
 from refiner_export.settings import UserError, require
-from refiner_export.tfrecord import write_atomically
+from refiner_export.shard_files import write_atomically
 
 _TEMPLATE = pathlib.Path(__file__).parent / "gallery.html.jinja"
 
@@ -21,15 +21,16 @@ def render(directory: RecordDirectory, limit: int) -> str:
   manifest, shown = directory.manifest, min(limit, len(directory))
   return page.render(
       _TEMPLATE, manifest=manifest, shown=shown, records=len(directory),
-      size=sum(shard.bytes for shard in manifest.shards) / len(directory),
       cards=[_card(directory[position], manifest) for position in range(shown)])
 
 
 def _card(record: Record, manifest: Manifest) -> dict:
-  boxes = [page.Box.of(box, tag, page.object_colour(k)) for k, (tag, box) in enumerate(zip(record.tags, record.boxes))]
+  boxes = [page.Box.of(box, f"{tag} {score:.2f}", page.object_colour(k), note=_note(record, k))
+           for k, (tag, box, score) in enumerate(zip(record.tags, record.boxes, record.scores))]
   # The captions have their own place on the card.
   conversations = [c for c in record.conversations if c.turns[0].text or c.turns[1].text not in record.captions]
   return page.card(record, boxes, manifest) | {
+      "overlay": page.draw_masks(record),
       "captions": record.captions,
       "conversations": [
           {"task": conversation.task,
@@ -37,6 +38,13 @@ def _card(record: Record, manifest: Manifest) -> dict:
                      for turn in conversation.turns]}
           for conversation in conversations],
       "objects": len(record.tags)}
+
+
+def _note(record: Record, k: int) -> str:
+  """What is known of the mask of object k."""
+  iou = f"predicted IoU {record.mask_ious[k]:.2f}" if len(record.mask_ious) else ""
+  area = f"{record.mask_areas[k]:.1%} of the picture" if len(record.mask_areas) else ""
+  return ", ".join(filter(None, (iou, area)))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,12 +1,27 @@
-"""Reading pictures as they are found in the wild, and writing the JPEG that a record carries."""
+"""Reading pictures as they are found in the wild, and writing the JPEG that a record carries.
+
+A picture becomes 8-bit RGB as a viewer shows it: upright, on white, the first frame of an animation, the first page of
+several. Colour profiles are not applied. What cannot be read in this way is refused in words, never guessed.
+"""
 
 import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 LARGEST_PICTURE = 100_000_000  # pixels; a small file that unpacks to more is taken for an attack
+Image.init()
+# Those of photographs. Pillow's other readers are for documents (EPS runs Ghostscript), or take half a file for a whole
+# one (JPEG 2000). An older Pillow has no AVIF.
+FORMATS = tuple(name for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF") if name in Image.OPEN)
+
+# Of damaged metadata and of pictures above Pillow's own limit. Not `catch_warnings`, which threads undo for each other.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_90}  # what makes a picture of this EXIF orientation upright
 
 
 class UnreadableImage(Exception):
@@ -21,18 +36,20 @@ def open_upright(data: bytes, id: str) -> Image.Image:
   """Decodes a file to RGB with its EXIF orientation applied; transparent parts become white.
 
   Raises:
-    UnreadableImage: not a picture, cut short, more than `LARGEST_PICTURE` pixels, or of an unknown pixel type.
+    UnreadableImage: not a picture of one of `FORMATS`, cut short, without pixels, of more than `LARGEST_PICTURE`, or
+      its pixels have no known range.
   """
   try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is the one that counts
-      image = Image.open(io.BytesIO(data))
-    if image.width * image.height > LARGEST_PICTURE:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    pixels = image.width * image.height
+    if not 0 < pixels <= LARGEST_PICTURE:
       raise UnreadableImage(id, f"{image.width}x{image.height} pixels, the limit is {LARGEST_PICTURE}")
     image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+    return _to_rgb(_turn(image))
   except UnreadableImage:
     raise
+  except Image.DecompressionBombError:  # so large that Pillow does not even say how large
+    raise UnreadableImage(id, f"more pixels than the limit of {LARGEST_PICTURE}") from None
   except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
     # The address of the buffer in Pillow's message differs from run to run; the log must not.
     reason = "not a picture" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
@@ -54,12 +71,33 @@ def to_jpeg(image: Image.Image, quality: int = 95) -> bytes:
   return buffer.getvalue()
 
 
+def _turn(image: Image.Image) -> Image.Image:
+  """`ImageOps.exif_transpose`, which also writes the metadata anew, fails where only some other entry is damaged."""
+  try:
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+  except Exception:  # metadata that cannot be read say nothing: every viewer shows such a picture as it lies
+    return image
+  turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+  return image if turn is None else image.transpose(turn)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-  if image.mode.startswith("I"):  # 16-bit grey, whose values `convert` would clip to 255 instead of scaling them
-    return Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+  if image.mode.startswith("I"):  # `convert` would clip 16-bit values to 255 instead of scaling them
+    return _grey_of_16_bits(image)
   if image.mode == "F":
     raise ValueError("floating-point pixels have no known range")
   if image.has_transparency_data:
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
   return image.convert("RGB")
+
+
+def _grey_of_16_bits(image: Image.Image) -> Image.Image:
+  values = np.asarray(image)
+  if values.min() < 0 or values.max() > 65535:
+    raise ValueError("32-bit pixels have no known range")
+  grey = np.rint(values / 257).astype(np.uint8)  # 65535 = 257 * 255
+  clear = image.info.get("transparency")  # a PNG may name one value that is not there
+  if isinstance(clear, int):
+    grey[values == clear] = 255
+  return Image.fromarray(grey).convert("RGB")

@@ -7,17 +7,38 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_info, naming, splits
 
-from refiner_export.record import SCHEMA_VERSION, Schema
+from refiner_export.features import FeatureSums
+from refiner_export.formats import FORMATS
+from refiner_export.record import SCHEMA_VERSION, Record, Schema
 from refiner_export.settings import UserError, require
-from refiner_export.tfrecord import ShardInfo, write_atomically
+from refiner_export.shard_files import ShardInfo, write_atomically
 
 MANIFEST = "manifest.json"
 NAME, SPLIT = "lyrics_records", "train"
 
 
 @dataclasses.dataclass(frozen=True)
+class Storage:
+  """What a directory takes per record, and what of the refiner's features storing them has kept.
+
+  Attributes:
+    bytes_per_record: of the shards' files, on average.
+    feature_bytes_per_record: of it the features, with their scales and the detector rows' boxes.
+    feature_relative_rmse: root of the mean squared error of all values over that of their mean square.
+    feature_mean_cosine: between a row that the refiner gave and the same row as it is read, over all rows.
+  """
+  bytes_per_record: float
+  feature_bytes_per_record: float
+  feature_relative_rmse: float
+  feature_mean_cosine: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What a directory of records holds. `refiner` is the settings that `fingerprint` is the hash of, with its name."""
+  """What a directory of records holds. `refiner` is the settings that `fingerprint` is the hash of, with its name.
+
+  `manifest.json` also states `storage`, for people: it follows from the shards.
+  """
   schema_version: int
   fingerprint: str
   feature_dtype: str
@@ -29,6 +50,8 @@ class Manifest:
   records: int
   conversations: int
   skipped: int
+  format: str = "tfrecord"
+  optional_fields: tuple[str, ...] = ()
 
   @classmethod
   def load(cls, directory: epath.PathLike) -> "Manifest":
@@ -41,21 +64,46 @@ class Manifest:
       require(version == SCHEMA_VERSION,
               f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}: export again")
       fields["shards"] = tuple(ShardInfo(**shard) for shard in fields["shards"])
-      return cls(**fields)
+      fields["optional_fields"] = tuple(fields.get("optional_fields", ()))
+      fields.pop("storage", None)
+      manifest = cls(**fields)
+      require(manifest.format in FORMATS, f"{path}: shards of format {manifest.format!r}, which this program does not "
+                                          "know: update it")
+      return manifest
     except (ValueError, TypeError, KeyError) as error:
       raise UserError(f"{path}: not a manifest ({' '.join(str(error).split())}): export again") from error
 
   def save(self, directory: epath.PathLike) -> None:
-    text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+    fields = dataclasses.asdict(self) | {"storage": dataclasses.asdict(self.storage)}
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     write_atomically(epath.Path(directory) / MANIFEST, text.encode())
 
   def schema(self) -> Schema:
-    return Schema(self.feature_dtype, self.fingerprint)
+    return Schema(self.feature_dtype, self.fingerprint, self.optional_fields)
+
+  def as_read(self, record: Record) -> Record:
+    """A record that was just made, as a reader of this directory would get it: as few detector rows, and as exact.
+
+    Its optional fields are left out.
+    """
+    schema = Schema(self.feature_dtype, self.fingerprint, (), self.detection_rows)
+    return schema.decode(schema.encode(record))
+
+  @property
+  def features(self) -> FeatureSums:
+    names = [field.name for field in dataclasses.fields(FeatureSums)]
+    return FeatureSums.total(FeatureSums(*(getattr(shard, name) for name in names)) for shard in self.shards)
+
+  @property
+  def storage(self) -> Storage:
+    features, records = self.features, max(self.records, 1)
+    return Storage(sum(shard.bytes for shard in self.shards) / records, features.feature_bytes / records,
+                   features.relative_rmse, features.mean_cosine)
 
 
-def shard_name(shard: int, shards: int) -> str:
+def shard_name(shard: int, shards: int, format: str = "tfrecord") -> str:
   """The name that TFDS expects, e.g. `lyrics_records-train.tfrecord-00000-of-00002`."""
-  return _file_template(epath.Path(".")).sharded_filepath(shard_index=shard, num_shards=shards).name
+  return _file_template(epath.Path("."), format).sharded_filepath(shard_index=shard, num_shards=shards).name
 
 
 def write_tfds_metadata(directory: epath.PathLike, manifest: Manifest) -> None:
@@ -67,12 +115,13 @@ def write_tfds_metadata(directory: epath.PathLike, manifest: Manifest) -> None:
   info = tfds.core.DatasetInfo(
       builder=identity, features=manifest.schema().features,
       description=f"Pictures, texts and visual refiner features ({manifest.source}, refiner {manifest.fingerprint}).")
-  info.set_file_format(tfds.core.FileFormat.TFRECORD)
+  info.set_file_format(tfds.core.FileFormat(manifest.format))
   info.set_splits(splits.SplitDict([splits.SplitInfo(
       name=SPLIT, shard_lengths=[shard.records for shard in manifest.shards],
-      num_bytes=sum(shard.bytes for shard in manifest.shards), filename_template=_file_template(directory))]))
+      num_bytes=sum(shard.bytes for shard in manifest.shards),
+      filename_template=_file_template(directory, manifest.format))]))
   info.write_to_directory(directory)
 
 
-def _file_template(directory: epath.Path) -> naming.ShardedFileTemplate:
-  return naming.ShardedFileTemplate(data_dir=directory, dataset_name=NAME, split=SPLIT, filetype_suffix="tfrecord")
+def _file_template(directory: epath.Path, format: str) -> naming.ShardedFileTemplate:
+  return naming.ShardedFileTemplate(data_dir=directory, dataset_name=NAME, split=SPLIT, filetype_suffix=format)

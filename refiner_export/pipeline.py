@@ -1,6 +1,14 @@
-"""From examples to records: read, turn upright, shrink, tag, detect, segment. Writes nothing."""
+"""From examples to records: read, turn upright, shrink, tag, detect, segment. Writes nothing.
 
+A window of pictures goes through one part of the refiner after the other. A network forms its own batches within the
+window, of pictures that have the same size as it sees them: nothing is padded, so no picture's results depend on which
+others are in the window, and the larger the window, the fuller the batches. `read` is what can be done ahead of the
+networks, by threads.
+"""
+
+import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -8,34 +16,60 @@ from PIL import Image
 from refiner_export import images
 from refiner_export.config import ImageSettings
 from refiner_export.record import Record
-from refiner_export.refiners.base import Picture, Refiner
+from refiner_export.refiners.base import Detections, Picture, Refiner, Segments
 from refiner_export.sources.base import SourceExample
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPicture:
+  """A picture at the size that is stored, which is also what the refiner sees, and its JPEG."""
+  image: Image.Image
+  jpeg: bytes
+
+
+def read(example: SourceExample, image: ImageSettings) -> StoredPicture | images.UnreadableImage:
+  """Reads, decodes, turns, shrinks and encodes the picture of an example, or says why it cannot be read."""
+  try:
+    data = example.read_image()
+  except OSError as error:  # one missing file must not end an export of a million
+    return images.UnreadableImage(example.id, f"cannot be read: {error.strerror or error}: {error.filename}")
+  try:
+    picture = images.resize_to(images.open_upright(data, example.id), image.max_side)
+  except images.UnreadableImage as error:
+    return error
+  return StoredPicture(picture, images.to_jpeg(picture, image.quality))
+
+
+def refine_read(
+    examples: Sequence[SourceExample], found: Sequence[StoredPicture | images.UnreadableImage], refiner: Refiner,
+    source: str,
+) -> list[Record | images.UnreadableImage]:
+  """One result per example of a window, in order: its record, or why its picture cannot be read.
+
+  Args:
+    examples: the window.
+    found: what `read` made of each.
+    refiner: what a refiner's settings have built.
+    source: the source's name, for the records.
+  """
+  readable = [(example, stored) for example, stored in zip(examples, found, strict=True)
+              if isinstance(stored, StoredPicture)]
+  pictures = [Picture(stored.image, example.objects) for example, stored in readable]
+  tags = refiner.tagger.tag(pictures)
+  detections = refiner.detector.detect(pictures, tags)
+  segments = refiner.segmenter.segment(pictures, detections)
+  records = iter([_record(*pair, *refined, source)
+                  for pair, *refined in zip(readable, detections, segments, strict=True)])
+  return [next(records) if isinstance(stored, StoredPicture) else stored for stored in found]
 
 
 def refine(
     examples: Sequence[SourceExample], refiner: Refiner, image: ImageSettings, source: str,
 ) -> list[Record | images.UnreadableImage]:
-  """One result per example, in order: its record, or why its picture cannot be read."""
-  opened = [_open(example, image.max_side) for example in examples]
-  pictures = [Picture(found, example.objects)
-              for found, example in zip(opened, examples) if isinstance(found, Image.Image)]
-  tags = refiner.tagger.tag(pictures)
-  detections = refiner.detector.detect(pictures, tags)
-  refined = zip(detections, refiner.segmenter.segment(pictures, detections))
-  results = []
-  for example, found in zip(examples, opened):
-    if not isinstance(found, Image.Image):
-      results.append(found)
-      continue
-    detected, segments = next(refined)
-    results.append(Record(
-        id=example.id, source=source,
-        image=images.to_jpeg(found, image.quality), height=found.height, width=found.width,
-        captions=example.captions, conversations=example.conversations,
-        text_boxes=np.array(example.text_boxes, np.float32).reshape(-1, 4),
-        tags=detected.tags, boxes=detected.boxes, scores=detected.scores,
-        detection_features=detected.row_features, detection_boxes=detected.row_boxes, mask_features=segments.features))
-  return results
+  """Both together for one window, whose pictures are read by threads at once."""
+  with ThreadPoolExecutor() as pool:
+    found = list(pool.map(lambda example: read(example, image), examples))
+  return refine_read(examples, found, refiner, source)
 
 
 def refine_photo(data: bytes, refiner: Refiner, image: ImageSettings = ImageSettings()) -> Record:
@@ -46,12 +80,13 @@ def refine_photo(data: bytes, refiner: Refiner, image: ImageSettings = ImageSett
   return result
 
 
-def _open(example: SourceExample, max_side: int) -> Image.Image | images.UnreadableImage:
-  try:
-    data = example.read_image()
-  except OSError as error:  # one missing file must not end an export of a million
-    return images.UnreadableImage(example.id, f"cannot be read: {error.strerror or error}: {error.filename}")
-  try:
-    return images.resize_to(images.open_upright(data, example.id), max_side)
-  except images.UnreadableImage as error:
-    return error
+def _record(
+    example: SourceExample, stored: StoredPicture, detected: Detections, segments: Segments, source: str,
+) -> Record:
+  return Record(
+      id=example.id, source=source, image=stored.jpeg, height=stored.image.height, width=stored.image.width,
+      captions=example.captions, conversations=example.conversations,
+      text_boxes=np.array(example.text_boxes, np.float32).reshape(-1, 4),
+      tags=detected.tags, boxes=detected.boxes, scores=detected.scores,
+      detection_features=detected.row_features, detection_boxes=detected.row_boxes, mask_features=segments.features,
+      mask_ious=segments.ious, mask_areas=segments.areas, mask_rles=segments.rles)

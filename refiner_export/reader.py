@@ -5,10 +5,10 @@ import bisect
 import numpy as np
 from etils import epath
 
+from refiner_export.formats import open_shard
 from refiner_export.manifest import Manifest
 from refiner_export.record import Record, RecordError
 from refiner_export.settings import require
-from refiner_export.tfrecord import ShardReader
 
 
 class RecordDirectory:
@@ -29,7 +29,7 @@ class RecordDirectory:
     require(fingerprint in (None, self.manifest.fingerprint),
             f"{path}: made by refiner {self.manifest.fingerprint} ({self.manifest.refiner['name']}), the configuration "
             f"expects {fingerprint}: export again, or set the expected fingerprint to {self.manifest.fingerprint}")
-    self._shards = [ShardReader(self.path / shard.file) for shard in self.manifest.shards]
+    self._shards = [open_shard(self.path / shard.file) for shard in self.manifest.shards]
     self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)]).tolist()
     require(self._starts[-1] == self.manifest.records,
             f"{path}: the shards hold {self._starts[-1]} records, the manifest says {self.manifest.records}: "

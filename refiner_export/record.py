@@ -5,8 +5,8 @@ so the exported directory is described by TFDS metadata; the trainer imports thi
 inner parts.
 
 Boxes of objects are `xyxy` corners in [0, 1] of the stored picture. Boxes of detector rows are `cxcywh` in [0, 1], as
-Grounding-DINO gives them, and are stored as 16-bit fractions (error below 8e-6). Texts refer to boxes by the
-placeholder `<box K>`, K an index into `text_boxes`, so that augmentation can move them.
+Grounding-DINO gives them, and are stored as 16-bit fractions (error below 8e-6), whatever the features are stored as.
+Texts refer to boxes by the placeholder `<box K>`, K an index into `text_boxes`, so that augmentation can move them.
 """
 
 import dataclasses
@@ -14,20 +14,20 @@ import hashlib
 import json
 import re
 
-import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer
 
+from refiner_export.features import FEATURE_DTYPES, FEATURE_WIDTH, FeatureSums, restore, store, stored_dtype
 from refiner_export.settings import UserError, require
 
 SCHEMA_VERSION = 1
-FEATURE_WIDTH = 256
-FEATURE_DTYPES = ("bfloat16", "int8")
+OPTIONAL_FIELDS = ("mask_ious", "mask_areas", "mask_rles")  # those that a directory's records have, its manifest names
 BOX_PLACEHOLDER = re.compile(r"<box (\d+)>")
 USER, ASSISTANT = "user", "assistant"
 
 _BOX_STEPS = 65535
+_VERSION_ALONE = tfds.features.FeaturesDict({"schema_version": tfds.features.Scalar(np.int32)})
 
 
 class RecordError(UserError):
@@ -48,6 +48,10 @@ class Conversation:
   turns: tuple[Turn, ...]
 
 
+def _nothing() -> np.ndarray:
+  return np.zeros(0, np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
   """One example. K objects, N detector rows, M boxes in texts; all arrays float32."""
@@ -65,22 +69,33 @@ class Record:
   detection_features: np.ndarray     # (N, 256), in descending score
   detection_boxes: np.ndarray        # (N, 4) cxcywh
   mask_features: np.ndarray          # (K, 256), one per object
+  # Of K objects each, or of none where they were not kept:
+  mask_ious: np.ndarray = dataclasses.field(default_factory=_nothing)   # how well the segmenter believes a mask to fit
+  mask_areas: np.ndarray = dataclasses.field(default_factory=_nothing)  # share of the picture that a mask covers
+  mask_rles: tuple[bytes, ...] = ()  # COCO's compressed run-length codes; the `size` of each is (height, width)
 
 
 class Schema:
-  """Encodes and decodes records whose features are stored as `bfloat16`, or as `int8` with one float16 scale per row.
+  """Encodes and decodes the records of one directory.
 
   Args:
-    feature_dtype: one of `FEATURE_DTYPES`.
+    feature_dtype: one of `FEATURE_DTYPES`, see `features.store`.
     fingerprint: the refiner's fingerprint, written into every record and compared on reading.
+    optional_fields: those of `OPTIONAL_FIELDS` that records have.
+    top_k: how many detector rows are kept, those with the highest scores; None keeps all.
   """
 
-  def __init__(self, feature_dtype: str, fingerprint: str):
+  def __init__(self, feature_dtype: str, fingerprint: str, optional_fields: tuple[str, ...] = (),
+               top_k: int | None = None):
     require(feature_dtype in FEATURE_DTYPES, f"features.dtype: expected one of {FEATURE_DTYPES}, got {feature_dtype!r}")
+    unknown = set(optional_fields) - set(OPTIONAL_FIELDS)
+    require(not unknown, f"records have a field {min(unknown, default='')}, unknown to this program: update it")
     self.feature_dtype, self.fingerprint = feature_dtype, fingerprint
+    self.optional_fields, self.top_k = optional_fields, top_k
     tensor = lambda shape, dtype: tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
-    stored = np.int8 if feature_dtype == "int8" else np.uint16  # bfloat16 travels as its bits: TFDS has no bfloat16
-    text, number = tfds.features.Text, tfds.features.Scalar
+    stored, text, number = stored_dtype(feature_dtype), tfds.features.Text, tfds.features.Scalar
+    optional = {"mask_ious": tensor((None,), np.float32), "mask_areas": tensor((None,), np.float32),
+                "mask_rles": tfds.features.Sequence(text())}
     self.features = tfds.features.FeaturesDict({
         "schema_version": number(np.int32),
         "fingerprint": text(),
@@ -100,16 +115,21 @@ class Schema:
         "detection_boxes": tensor((None, 4), np.uint16),
         "mask_features": tensor((None, FEATURE_WIDTH), stored),
         "mask_scales": tensor((None,), np.float16),
+        **{name: optional[name] for name in optional_fields},
     })
     self._serializer = example_serializer.ExampleSerializer(self.features.get_serialized_info())
 
   def encode(self, record: Record) -> bytes:
-    """Serialises a record. Raises `RecordError` when its arrays do not fit together."""
-    _check(record)
+    """Serialises a record. Raises `RecordError` when its arrays do not fit together or cannot be stored."""
+    check(record)
+    optional = {name: getattr(record, name) for name in self.optional_fields}
+    for name, values in optional.items():
+      if len(values) != len(record.tags):
+        raise RecordError(f"record {record.id}: {len(record.tags)} objects, but {len(values)} {name}: have the "
+                          "segmenter give them, or do not ask for them in config.features")
     turns = [(k, c.task, t.role, t.text) for k, c in enumerate(record.conversations) for t in c.turns]
     conversation, task, role, text = zip(*turns) if turns else ((), (), (), ())
-    detection, detection_scales = self._store(record.detection_features)
-    mask, mask_scales = self._store(record.mask_features)
+    (detection, detection_scales), (mask, mask_scales) = self._store(record)
     example = self.features.encode_example({
         "schema_version": SCHEMA_VERSION, "fingerprint": self.fingerprint,
         "id": record.id, "source": record.source,
@@ -119,8 +139,10 @@ class Schema:
         "text_boxes": record.text_boxes.astype(np.float32),
         "tags": list(record.tags), "boxes": record.boxes.astype(np.float32), "scores": record.scores.astype(np.float32),
         "detection_features": detection, "detection_scales": detection_scales,
-        "detection_boxes": np.rint(np.clip(record.detection_boxes, 0, 1) * _BOX_STEPS).astype(np.uint16),
+        "detection_boxes": np.rint(np.clip(record.detection_boxes[:self.top_k], 0, 1) * _BOX_STEPS).astype(np.uint16),
         "mask_features": mask, "mask_scales": mask_scales,
+        **{name: list(values) if name == "mask_rles" else values.astype(np.float32)
+           for name, values in optional.items()},
     })
     # `features.serialize_example` leaves the order of the fields to chance; equal records shall be equal bytes.
     return self._serializer.get_tf_example(example).SerializeToString(deterministic=True)
@@ -130,10 +152,10 @@ class Schema:
     try:
       fields = self.features.deserialize_example_np(serialized)
     except Exception as error:  # protobuf, TFDS and NumPy each raise their own kind
+      _check_version(serialized)
       raise RecordError(f"not a record of schema {SCHEMA_VERSION}: {' '.join(str(error).split())[:200]}") from error
-    version, fingerprint = int(fields["schema_version"]), fields["fingerprint"].decode()
-    if version != SCHEMA_VERSION:
-      raise RecordError(f"record has schema version {version}, this program reads {SCHEMA_VERSION}: export again")
+    _check_version_number(int(fields["schema_version"]))
+    fingerprint = fields["fingerprint"].decode()
     if fingerprint != self.fingerprint:
       raise RecordError(f"record was made by refiner {fingerprint}, its manifest says {self.fingerprint}: export again")
     decode = lambda texts: tuple(t.decode() for t in texts)
@@ -142,21 +164,26 @@ class Schema:
         height=int(fields["height"]), width=int(fields["width"]),
         captions=decode(fields["captions"]), conversations=_conversations(fields["turns"]),
         text_boxes=fields["text_boxes"], tags=decode(fields["tags"]), boxes=fields["boxes"], scores=fields["scores"],
-        detection_features=self._restore(fields["detection_features"], fields["detection_scales"]),
+        detection_features=restore(fields["detection_features"], fields["detection_scales"], self.feature_dtype),
         detection_boxes=fields["detection_boxes"].astype(np.float32) / _BOX_STEPS,
-        mask_features=self._restore(fields["mask_features"], fields["mask_scales"]))
+        mask_features=restore(fields["mask_features"], fields["mask_scales"], self.feature_dtype),
+        **{name: tuple(fields[name]) if name == "mask_rles" else fields[name] for name in self.optional_fields})
 
-  def _store(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if self.feature_dtype == "bfloat16":
-      return rows.astype(ml_dtypes.bfloat16).view(np.uint16), np.zeros(0, np.float16)
-    # The scale is rounded up to float16 first, so that the largest value of a row still fits 127 steps.
-    scales = np.nextafter((np.abs(rows).max(axis=1, initial=0) / 127).astype(np.float16), np.float16(np.inf))
-    return np.rint(rows / scales[:, None].astype(np.float32)).astype(np.int8), scales
+  def measure(self, record: Record) -> FeatureSums:
+    """What the features that are kept of a record cost, and what of them a reader does not get back."""
+    stored = self._store(record)
+    given = np.concatenate([record.detection_features[:self.top_k], record.mask_features])
+    read = np.concatenate([restore(*rows, self.feature_dtype) for rows in stored])
+    boxes = record.detection_boxes[:self.top_k].size * np.dtype(np.uint16).itemsize
+    return FeatureSums.of(given, read, boxes + sum(array.nbytes for rows in stored for array in rows))
 
-  def _restore(self, stored: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    if self.feature_dtype == "bfloat16":
-      return stored.view(ml_dtypes.bfloat16).astype(np.float32)
-    return stored.astype(np.float32) * scales[:, None].astype(np.float32)
+  def _store(self, record: Record) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The detector's rows that are kept, and the objects' rows."""
+    try:
+      return [store(rows, self.feature_dtype)
+              for rows in (record.detection_features[:self.top_k], record.mask_features)]
+    except ValueError as error:
+      raise RecordError(f"record {record.id}: {error}") from None
 
 
 def fingerprint(settings: dict) -> str:
@@ -171,11 +198,27 @@ def _conversations(turns: dict) -> tuple[Conversation, ...]:
   return tuple(Conversation(task, tuple(spoken)) for task, spoken in grouped.values())
 
 
-def _check(record: Record) -> None:
+def _check_version(serialized: bytes) -> None:
+  """Other versions may have other fields, but this one all have had."""
+  try:
+    version = int(_VERSION_ALONE.deserialize_example_np(serialized)["schema_version"])
+  except Exception:  # not even that
+    return
+  _check_version_number(version)
+
+
+def _check_version_number(version: int) -> None:
+  if version != SCHEMA_VERSION:
+    raise RecordError(f"record has schema version {version}, this program reads {SCHEMA_VERSION}: export again")
+
+
+def check(record: Record) -> None:
+  """Raises `RecordError` when the parts of a record do not fit together."""
   objects, rows = len(record.tags), len(record.detection_features)
   shapes = {"boxes": (objects, 4), "scores": (objects,), "mask_features": (objects, FEATURE_WIDTH),
             "detection_features": (rows, FEATURE_WIDTH), "detection_boxes": (rows, 4),
-            "text_boxes": (len(record.text_boxes), 4)}
+            "text_boxes": (len(record.text_boxes), 4),
+            "mask_ious": (len(record.mask_ious),), "mask_areas": (len(record.mask_areas),)}
   for name, shape in shapes.items():
     value = getattr(record, name)
     if value.shape != shape:

@@ -103,6 +103,8 @@ def run(main: Callable[[], None], config: flags.FlagHolder | None = None) -> Non
       return rest
     except UserError as error:
       _fail(error)
+    except ModuleNotFoundError as error:  # a configuration may use what an extra brings, such as torch
+      _fail(f"{path}: {error}: install the extra that has it, such as pip install 'lyrics_jax[refiner]'")
     except (KeyError, AttributeError, flags.Error, ValueError, TypeError, OSError) as error:
       _fail(_unknown_field(argv, path) or _one_line(error))
 

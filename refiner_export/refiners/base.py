@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from refiner_export.settings import Settings
 from refiner_export.sources.base import SourceObject
 
 
@@ -61,10 +62,19 @@ class Segmenter(Protocol):
 
 
 class Refiner(Protocol):
-  """Settings that bundle the three parts."""
+  """The three parts, ready to run."""
   tagger: Tagger
   detector: Detector
   segmenter: Segmenter
 
+
+class RefinerSettings(Settings):
+  """Names a refiner and whatever decides its results. Reading a configuration loads no network: `build` does."""
+
   def describe(self) -> dict:
-    """Everything that decides the features, with the refiner's name: what the fingerprint hashes."""
+    """Everything that decides the features, with the refiner's name and version: what the fingerprint hashes."""
+    raise NotImplementedError
+
+  def build(self) -> Refiner:
+    """Loads what the refiner needs: to be called once in a process. Raises `UserError` for files that do not fit."""
+    raise NotImplementedError

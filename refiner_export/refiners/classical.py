@@ -11,15 +11,15 @@ import numpy as np
 from PIL import Image
 
 from refiner_export.refiners import descriptor
-from refiner_export.refiners.base import Detections, Picture, Segments, Tags
-from refiner_export.settings import Settings, require
+from refiner_export.refiners.base import Detections, Picture, RefinerSettings, Segments, Tags
+from refiner_export.settings import require
 from refiner_export.sources.base import SourceObject
 
 _VERSION = 1  # to be raised whenever the same picture would give other features
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class ClassicalRefiner(Settings):
+class ClassicalRefiner(RefinerSettings):
   """Descriptors of annotated objects and of a regular grid.
 
   Attributes:
@@ -32,6 +32,10 @@ class ClassicalRefiner(Settings):
 
   def describe(self) -> dict:
     return {"name": "classical", "version": _VERSION, "patch": descriptor.PATCH, **dataclasses.asdict(self)}
+
+  def build(self) -> "ClassicalRefiner":
+    """Itself: there is nothing to load."""
+    return self
 
   @property
   def tagger(self) -> "AnnotationTagger":

@@ -16,7 +16,7 @@ class Compute(Settings):
   """One worker's device.
 
   Attributes:
-    device: `auto` takes the first CUDA device if there is one; else what torch calls it, e.g. `cpu` or `cuda:1`.
+    device: `auto` takes this worker's CUDA device if there is one; else what torch calls it, e.g. `cpu` or `cuda:1`.
     precision: of matrix products; `bfloat16` is torch's autocast, weights stay float32.
     compile: run the models through torch.compile. Each picture size is compiled for itself, so it pays only for many
       thousands of pictures of few sizes.

@@ -23,7 +23,7 @@ from refiner_export.refiners.base import Detections, Picture, Tags
 from refiner_export.refiners.checkpoints import sha256
 from refiner_export.refiners.compute import Compute
 from refiner_export.refiners.grounding_dino_image import DetectorImage
-from refiner_export.refiners.grounding_dino_model import GroundingDinoModel, load_official, load_pretrained
+from refiner_export.refiners.grounding_dino_model import load_official, load_pretrained
 from refiner_export.refiners.nms import classwise_nms
 from refiner_export.refiners.tag_caption import VOCABULARY_REMEDY, Caption, Captioner, load_tokenizer
 from refiner_export.settings import Settings, require
@@ -105,7 +105,8 @@ class GroundingDinoDetector:
       other processes.
   """
 
-  def __init__(self, model: GroundingDinoModel, tokenizer: BertTokenizer, settings: GroundingDino, compute: Compute):
+  def __init__(self, model: torch.nn.Module, tokenizer: BertTokenizer, settings: GroundingDino, compute: Compute):
+    """`model` has the `forward` of `GroundingDinoModel`, and `num_queries` and `max_text_len` in its `config`."""
     self.rows = model.config.num_queries
     self.prepare = DetectorImage(settings.shortest, settings.longest, self.rows)
     self.captioner = Captioner(tokenizer, model.config.max_text_len)

@@ -57,7 +57,9 @@ class SamHQ(Settings):
 
   def build(self, compute: Compute) -> "SamHQSegmenter":
     """Loads the model onto the device. Raises `UserError` when the checkpoint is not a whole SAM-HQ."""
-    return SamHQSegmenter(load(self.checkpoint), self, compute)
+    model = load(self.checkpoint)
+    return SamHQSegmenter(
+        model.vision_encoder, MaskDecoder(model), model.config.vision_config.image_size, self, compute)
 
   def describe(self) -> dict:
     """What decides the result; the digest is that of the file with the weights."""
@@ -72,10 +74,14 @@ class SamHQSegmenter:
     prepare: makes the model's input of a picture. It holds nothing of the model and can be sent to other processes.
   """
 
-  def __init__(self, model: SamHQModel, settings: SamHQ, compute: Compute):
+  def __init__(self, encoder: torch.nn.Module, decoder: torch.nn.Module, side: int, settings: SamHQ, compute: Compute):
+    """`encoder` has the output of transformers' `SamHQVisionEncoder`, `decoder` the methods of `MaskDecoder`.
+
+    `side` is that of the square picture which the encoder takes, in pixels.
+    """
     self.settings, self.compute = settings, compute
-    self.prepare = SegmenterImage(model.config.vision_config.image_size)
-    self.encoder, self.decoder = compute.place(model.vision_encoder), compute.place(MaskDecoder(model))
+    self.prepare = SegmenterImage(side)
+    self.encoder, self.decoder = compute.place(encoder), compute.place(decoder)
 
   def segment(self, pictures: Sequence[Picture], detections: Sequence[Detections]) -> list[Segments]:
     """The objects of each picture, in the order of its boxes. A picture without boxes is not encoded."""

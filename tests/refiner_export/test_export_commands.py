@@ -28,10 +28,12 @@ def command(*arguments):
     (["refiner_export", "--config", QUICKSTART, "--config.refiner.gird=3"],
      "config.refiner.gird: unknown field (did you mean grid?)"),
     (["refiner_export", "--config", QUICKSTART, "--config.features.dtype=int4"],
-     "config.features.dtype: expected one of ('bfloat16', 'int8'), got 'int4'"),
+     "config.features.dtype: expected one of ('float16', 'bfloat16', 'int8'), got 'int4'"),
     (["refiner_export", "--config", QUICKSTART, "--config.limit=0"], "config.limit: expected at least 1, got 0"),
     (["refiner_export", "--config", QUICKSTART, "--config.source.annotations=/no.json"],
      "source.annotations not found: /no.json"),
+    (["refiner_export", "verify"], "the following arguments are required: DIR"),
+    (["refiner_export", "verify", "/nowhere"], "no manifest.json in /nowhere: run python -m refiner_export"),
     (["refiner_export.gallery"], "the following arguments are required: DIR"),
     (["refiner_export.gallery", "/nowhere"], "no manifest.json in /nowhere: run python -m refiner_export"),
     (["refiner_export.gallery", "/nowhere", "--limit=no"], "argument --limit: invalid int value")])

@@ -79,7 +79,7 @@ def test_tfds_reads_the_directory(finished):
 @pytest.mark.parametrize("pictures", range(1, 5))
 def test_a_stopped_export_shows_only_whole_shards_and_ends_with_the_same_bytes(
     coco, finished, tmp_path, make, monkeypatch, pictures):
-  output, refine, seen = tmp_path / "out", pipeline.refine, []
+  output, refine, seen = tmp_path / "out", pipeline.refine_read, []
 
   def killed(examples, *arguments):
     if len(seen) == pictures:
@@ -87,14 +87,14 @@ def test_a_stopped_export_shows_only_whole_shards_and_ends_with_the_same_bytes(
     seen.extend(examples)
     return refine(examples, *arguments)
 
-  monkeypatch.setattr(pipeline, "refine", killed)
+  monkeypatch.setattr(pipeline, "refine_read", killed)
   with pytest.raises(KeyboardInterrupt):
     run.export(make(coco, output, batch=1))
   expected = contents(finished)
   visible = {name: data for name, data in contents(output).items() if not name.startswith(".")}
   assert visible == {name: expected[name] for name in visible} and "manifest.json" not in visible
   assert sum(name.startswith("lyrics") and not name.endswith(".index") for name in visible) == pictures // 2
-  monkeypatch.setattr(pipeline, "refine", refine)
+  monkeypatch.setattr(pipeline, "refine_read", refine)
   run.export(make(coco, output))
   assert contents(output) == expected
 
@@ -107,7 +107,7 @@ def test_a_damaged_shard_is_written_again(coco, finished, copy, make):
 
 
 def test_a_complete_export_is_left_alone(coco, copy, make, capsys, monkeypatch):
-  monkeypatch.setattr(pipeline, "refine", None)
+  monkeypatch.setattr(pipeline, "refine_read", None)
   run.export(make(coco, copy))
   lines = capsys.readouterr().out.splitlines()
   assert lines[0] == f"{copy} is complete already"

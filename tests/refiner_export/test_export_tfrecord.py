@@ -1,14 +1,16 @@
 """Framing against an independent reading of the format, and every kind of damage."""
 
 import concurrent.futures
+import hashlib
 import pickle
 import struct
 
 import numpy as np
 import pytest
 
+from refiner_export.features import FeatureSums
 from refiner_export.record import RecordError
-from refiner_export.tfrecord import ShardReader, index_path, inspect_shard, write_shard
+from refiner_export.tfrecord import ShardReader, index_path, write_shard
 
 PAYLOADS = [b"first", b"", b"third" * 50]
 
@@ -21,6 +23,11 @@ def crc32c(data: bytes) -> int:
     for _ in range(8):
       crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
   return crc ^ 0xFFFFFFFF
+
+
+def read_all(path) -> list[bytes]:
+  reader = ShardReader(path)
+  return [reader.read(position) for position in range(len(reader))]
 
 
 def masked(data: bytes) -> int:
@@ -51,9 +58,11 @@ def test_random_access_counts_and_description(shard):
   reader = ShardReader(shard)
   assert [reader.read(k) for k in (2, 0, 1)] == [PAYLOADS[k] for k in (2, 0, 1)]
   assert reader.conversation_counts.tolist() == [0, 1, 2]
-  info = inspect_shard(shard)
-  assert (info.file, info.records, info.conversations, info.bytes) == ("shard", 3, 3, shard.stat().st_size)
-  assert info == write_shard(shard, ((payload, k) for k, payload in enumerate(PAYLOADS)))
+  before = shard.read_bytes()
+  info = write_shard(shard, ((payload, k) for k, payload in enumerate(PAYLOADS)))
+  assert shard.read_bytes() == before and info.sha256 == hashlib.sha256(before).hexdigest()
+  assert (info.file, info.records, info.conversations, info.bytes) == ("shard", 3, 3, len(before)) == (
+      "shard", len(reader), reader.conversation_counts.sum(), reader.bytes)
   assert sorted(path.name for path in shard.parent.iterdir()) == ["shard", "shard.index"]
 
 
@@ -75,7 +84,7 @@ def test_every_single_damaged_byte_is_noticed(shard):
   for position in range(len(data)):
     shard.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1:])
     with pytest.raises(RecordError, match=rf"^{shard}: record \d has a bad (length )?checksum; copy or export [^\n]*$"):
-      inspect_shard(shard)
+      read_all(shard)
 
 
 def fails(path, message):
@@ -100,14 +109,16 @@ def test_missing_files(shard):
   fails(shard, f"{shard}: the shard is missing")
 
 
-@pytest.mark.parametrize("content", [b"", b"noise", None])
+@pytest.mark.parametrize("content", [
+    b"", b"noise", np.zeros((3, 3), np.int64), np.zeros((3, 2), np.int64), np.zeros((3, 3)),
+    -np.ones((1, 3), np.int64)])
 def test_bad_index(shard, content):
   index = index_path(shard)
-  if content is None:
-    with index.open("wb") as file:
-      np.save(file, np.zeros((3, 3), np.int64))
-  else:
+  if isinstance(content, bytes):
     index.write_bytes(content)
+  else:
+    with index.open("wb") as file:
+      np.save(file, content)
   fails(shard, f"{index}: not an index")
 
 
@@ -115,6 +126,13 @@ def test_bad_index(shard, content):
 def test_position_out_of_range(shard, position):
   with pytest.raises(RecordError, match=f"^{shard}: record {position} asked for, the shard holds 3$"):
     ShardReader(shard).read(position)
+
+
+def test_the_sums_of_features_are_those_of_the_records(tmp_path):
+  sums = [FeatureSums(10, 2, 3.0, 0.5, 1.9), FeatureSums(20, 3, 1e16, 0.25, 2.8), FeatureSums(0, 0, 1.0, 0.0, 0.0)]
+  info = write_shard(tmp_path / "shard", [(b"payload", 1, part) for part in sums])
+  assert (info.feature_bytes, info.feature_rows, info.squared_errors) == (30, 5, 0.75)
+  assert info.squared_values == 1e16 + 4  # adding one after the other in float64 gives 1e16 + 2
 
 
 def test_an_interrupted_shard_is_not_visible(tmp_path):

@@ -10,14 +10,16 @@ GROUNDING_DINO_WORDS = (
 TINY_QUERIES, TINY_BUDGET = 30, 16
 
 
-def tiny_grounding_dino(directory: pathlib.Path) -> pathlib.Path:
-  """A Grounding-DINO of one to three layers, 30 queries and captions of 16 tokens, with its tokenizer."""
+def tiny_grounding_dino(
+    directory: pathlib.Path, queries: int = TINY_QUERIES, budget: int = TINY_BUDGET,
+) -> pathlib.Path:
+  """A Grounding-DINO of one to three layers, with this many queries and tokens in a caption, and its tokenizer."""
   config = GroundingDinoConfig(
       backbone_config=SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
                                  image_size=64, out_indices=[2, 3, 4]).to_dict(),
       text_config=BertConfig(vocab_size=1060, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                              intermediate_size=64).to_dict(),
-      num_queries=TINY_QUERIES, max_text_len=TINY_BUDGET, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=64,
+      num_queries=queries, max_text_len=budget, encoder_layers=2, decoder_layers=3, encoder_ffn_dim=64,
       decoder_ffn_dim=64, d_model=256)  # records hold features of this width
   model = GroundingDinoForObjectDetection(config)
   randomise(model, seed=0)
@@ -45,7 +47,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
       noise = torch.randn(parameter.shape, generator=generator)
       if "norm" in name.lower() and name.endswith("weight"):
         parameter.copy_(1 + 0.1 * noise)
-      elif parameter.dim() == 1:
+      elif parameter.dim() <= 1:
         parameter.copy_(0.1 * noise)
       else:
         parameter.copy_(noise / parameter[0].numel() ** 0.5)

@@ -1,0 +1,56 @@
+"""An export into an object store, which here is in memory: the same bytes, and nothing that only a disk can do."""
+
+import pathlib
+
+import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+
+from refiner_export.reader import RecordDirectory
+from refiner_export.run import ShardRange, export
+from refiner_export.settings import UserError
+
+OUTPUT = "gs://bucket/records"
+
+
+class Bucket(MemoryFileSystem):
+  """Objects under gs://."""
+  protocol, cachable = "gs", False
+
+  def __init__(self):
+    super().__init__(global_store=False)
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return "/" + str(path).removeprefix("gs://").strip("/")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """What gs:// leads to for the time of a test."""
+  found = Bucket()
+  monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: found)
+  return found
+
+
+def contents(bucket):
+  return {name.rpartition("/")[2]: bucket.cat_file(name) for name in bucket.find("/bucket/records")}
+
+
+def test_the_same_bytes_as_on_a_disk(bucket, coco, finished, make):
+  export(make(coco, OUTPUT))
+  assert contents(bucket) == {path.name: path.read_bytes() for path in pathlib.Path(finished).iterdir()}
+  assert [record.id for record in (RecordDirectory(OUTPUT)[k] for k in range(4))] == ["1", "2", "3", "5"]
+
+
+def test_going_on_and_mending(bucket, coco, make, capsys):
+  config = make(coco, OUTPUT)
+  assert export(config, ShardRange(1, 2)) is None
+  assert export(config).records == 4
+  assert "1 of 3 shards are finished already" in capsys.readouterr().out
+  expected = contents(bucket)
+  bucket.rm(next(name for name in bucket.find("/bucket/records") if name.endswith("00002-of-00003")))
+  export(config)
+  assert contents(bucket) == expected and not any(name.startswith(".") for name in expected)
+  with pytest.raises(UserError, match="^gs://bucket/records was begun with another config.limit, config.source: "):
+    export(make(coco, OUTPUT, limit=1))
