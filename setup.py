@@ -37,15 +37,17 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",  # 3.14 is not tested: not every dependency has wheels for it
     packages=find_packages(include=["lyrics_jax", "lyrics_jax.*", "refiner_export", "refiner_export.*"]),
-    package_data={"refiner_export": ["*.jinja", "sources/*.json"], "lyrics_jax": ["evaluation/*.jinja"]},
+    package_data={"refiner_export": ["*.jinja", "sources/*.json"], "lyrics_jax": ["evaluation/*.jinja", "hf/*.jinja"]},
     install_requires=BASE,
     extras_require={
         "quickstart": PHOTOS,
         "refiner": [*PHOTOS, *COCO, *TORCH],
         "tpu": ["jax[tpu]"],
+        "plan": ["libtpu==0.0.42.*"],  # what jax[tpu] 0.10.2 pins: with a newer one the text of v5p programs cannot be had
         "cuda": ["jax[cuda13]"],
-        "beam": ["apache-beam>=2.77"],
+        "beam": ["apache-beam[gcp]>=2.77"],
+        "hf": ["accelerate", "peft", *TORCH],  # to try what was exported, and to import PyTorch checkpoints
         "eval": ["pycocoevalcap>=1.2"],
-        "dev": ["pytest", *PHOTOS, *COCO, *TORCH],
+        "dev": ["pytest", "accelerate", "peft", *PHOTOS, *COCO, *TORCH],
     },
 )

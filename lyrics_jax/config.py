@@ -11,13 +11,19 @@ from typing import Literal
 from refiner_export.settings import Settings, require
 
 Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "dots", "attention", "full"]  # from most memory to most work, see `models/layers.py`
+Attention = Literal["auto", "xla", "splash", "cudnn"]
 ItcPooling = Literal["mean", "max"]
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class VisionConfig(Settings):
-  """CLIP image encoder; the published one is ViT-L/14 at 224, frozen."""
+  """The frozen image encoder. The paper's is CLIP ViT-L/14 at 224, the published weights' is BLIP-2's ViT-g (`vit_g`).
+
+  `kind` "clip": norm before the first block, quick GELU; "eva" (EVA-CLIP, Fang et al. 2022): no such norm, exact GELU, and
+  a bias on patches.
+  """
+  kind: Literal["clip", "eva"] = "clip"
   image_size: int = 224
   patch_size: int = 14
   width: int = 1024
@@ -25,6 +31,11 @@ class VisionConfig(Settings):
   heads: int = 16
   mlp_dim: int = 4096
   norm_eps: float = 1e-5
+
+  @classmethod
+  def vit_g(cls) -> "VisionConfig":
+    """BLIP-2's ViT-g/14: EVA-CLIP without its last block."""
+    return cls(kind="eva", width=1408, layers=39, mlp_dim=6144, norm_eps=1e-6)
 
   @property
   def tokens(self) -> int:
@@ -120,8 +131,11 @@ class ModelConfig(Settings):
   llm: LLMConfig = field(default_factory=LLMConfig)
   use_refiner: bool = True  # false feeds a blank refiner: no local tokens, no spatial representation (paper table 6)
   dtype: Dtype = "bfloat16"  # of the computation; trained parameters, softmax and losses are float32
-  frozen_dtype: Dtype = "bfloat16"  # in which frozen parameters are stored
+  # In which frozen parameters are stored. int8: the kernels of the transformer blocks, with a scale per output channel;
+  # the rest is in bfloat16.
+  frozen_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
   remat: Remat = "none"
+  attention: Attention = "auto"  # the kernel of the LLM's self-attention, see `models/attention.py`
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -150,8 +164,12 @@ class InstructConfig(Settings):
   instruction_aware: bool = True  # the instruction also enters the MQ-Former as text
   spatial_to_mq_former: bool = True
   spatial_to_llm: bool = False  # as many as there is room for; those that the question names come first
+  loss_chunk: int = 256  # tokens of each conversation whose logits are in memory at a time
   system_message: str = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives "
                          "helpful, detailed, and polite answers to the user's questions.")
+
+  def check(self, path):
+    _at_least(self, path, 1, "loss_chunk")
 
 
 @dataclasses.dataclass(unsafe_hash=True)

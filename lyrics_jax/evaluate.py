@@ -19,7 +19,7 @@ from lyrics_jax.training.checkpoint import saved_config, trained_manifest
 from refiner_export import settings
 from refiner_export.reader import RecordDirectory
 from refiner_export.settings import require
-from refiner_export.tfrecord import write_atomically
+from refiner_export.shard_files import write_atomically
 
 _WRITTEN = ("record", "task", "kind", "question", "answer", "prediction", "score")  # of each answer, in predictions.jsonl
 

@@ -24,13 +24,13 @@ from refiner_export.manifest import Manifest
 from refiner_export.pipeline import refine_photo
 from refiner_export.record import Record
 from refiner_export.settings import UserError, existing_path, require
-from refiner_export.tfrecord import write_atomically
+from refiner_export.shard_files import write_atomically
 
 _LARGEST_BATCH = 8
 
 
 def generate(checkpoint: str, prompts: Sequence[str], record: str | None = None, image: str | None = None,
-             output: str | None = None) -> list[str]:
+             output: str | None = None, refiner_files: Sequence[str] = ()) -> list[str]:
   """Prints every prompt with its answer, and returns the answers. Raises `UserError`."""
   # --- what is asked of what ---
   require(bool(checkpoint), "--checkpoint is required: name the output directory of a stage-2 run")
@@ -41,7 +41,7 @@ def generate(checkpoint: str, prompts: Sequence[str], record: str | None = None,
     drawn_as = picture_format(output)
     existing_path(epath.Path(output).parent, "directory of --output", "Make it first.")
   manifest = trained_manifest(checkpoint, saved_config(checkpoint))
-  picture = read_record(record, manifest.fingerprint) if record else _refine_image(image, manifest)
+  picture = read_record(record, manifest.fingerprint) if record else _refine_image(image, manifest, refiner_files)
   require(bool(picture.image) or not output, f"--output: record {picture.id} has no picture to draw on")
 
   # --- ask ---
@@ -57,12 +57,15 @@ def generate(checkpoint: str, prompts: Sequence[str], record: str | None = None,
   return answers
 
 
-def _refine_image(path: str, manifest: Manifest) -> Record:
+def _refine_image(path: str, manifest: Manifest, refiner_files: Sequence[str]) -> Record:
   """A photo's record, with features by the refiner that made the records of the training."""
   file = existing_path(path, "--image", "Name a picture file.")
   require(not file.is_dir(), f"--image={path} is a directory: name a picture file")
+  named = [entry.partition("=") for entry in refiner_files]
+  require(all(separator for _, separator, _ in named), "--refiner_file: expected PART.FIELD=PATH, such as tagger.checkpoint=ram.pth")
+  refiner = refiner_from_manifest(manifest, {field: path for field, _, path in named}).build()
   try:
-    return refine_photo(file.read_bytes(), refiner_from_manifest(manifest))
+    return manifest.as_read(refine_photo(file.read_bytes(), refiner))
   except UnreadableImage as error:
     raise UserError(f"--image={path} cannot be read: {error.reason}") from error
 
@@ -74,5 +77,6 @@ if __name__ == "__main__":
   flags.DEFINE_string("image", None, "a photo")
   flags.DEFINE_multi_string("prompt", [], "what to ask; may be given several times")
   flags.DEFINE_string("output", None, "picture file to write: the photo with the boxes of the answers")
+  flags.DEFINE_multi_string("refiner_file", [], "of a neural refiner, for --image: PART.FIELD=PATH, such as tagger.checkpoint=ram.pth")
   settings.run(lambda: generate(flags.FLAGS.checkpoint, flags.FLAGS.prompt, flags.FLAGS.record, flags.FLAGS.image,
-                                flags.FLAGS.output))
+                                flags.FLAGS.output, flags.FLAGS.refiner_file))

@@ -23,9 +23,8 @@ def greedy(llm: LLaMA, embeddings: Array, valid: Array, max_new_tokens: int, eos
   slots = length + max_new_tokens
   lengths = valid.sum(1, dtype=jnp.int32)
   positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-  seen = jnp.concatenate([valid, jnp.zeros((batch, max_new_tokens), bool)], axis=1)
-  causal = jnp.tril(jnp.ones((length, slots), bool))[None, None] & seen[:, None, None, :]
-  hidden, cache = llm(embeddings, positions, causal, cache=llm.empty_cache(batch, slots, embeddings.dtype))
+  segments = jnp.pad(valid.astype(jnp.int32), ((0, 0), (0, max_new_tokens)))
+  hidden, cache = llm(embeddings, positions, segments, cache=llm.empty_cache(batch, slots, embeddings.dtype))
   last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
   first = llm.logits(last).argmax(-1).astype(jnp.int32)
 
@@ -34,14 +33,14 @@ def greedy(llm: LLaMA, embeddings: Array, valid: Array, max_new_tokens: int, eos
     return (step < max_new_tokens) & ~(done | (token == eos)).all()
 
   def extend(carry):
-    step, token, cache, seen, answer, done = carry
+    step, token, cache, segments, answer, done = carry
     answer = answer.at[:, step].set(jnp.where(done, eos, token))
     done = done | (token == eos)
-    seen = seen.at[:, length + step].set(True)
+    segments = segments.at[:, length + step].set(1)
     hidden, cache = llm(llm.words(token)[:, None].astype(embeddings.dtype), (lengths + step)[:, None],
-                        seen[:, None, None, :], cache=cache, slot=length + step)
-    return step + 1, llm.logits(hidden[:, 0]).argmax(-1).astype(jnp.int32), cache, seen, answer, done
+                        segments, cache=cache, slot=length + step)
+    return step + 1, llm.logits(hidden[:, 0]).argmax(-1).astype(jnp.int32), cache, segments, answer, done
 
   answer = jnp.full((batch, max_new_tokens), eos, jnp.int32)
-  carry = (jnp.int32(0), first, cache, seen, answer, jnp.zeros(batch, bool))
+  carry = (jnp.int32(0), first, cache, segments, answer, jnp.zeros(batch, bool))
   return jax.lax.while_loop(unfinished, extend, carry)[4]

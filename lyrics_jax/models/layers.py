@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lyrics_jax.config import Remat
+from lyrics_jax.models.quantised import quantise
 
 Array = jax.Array
 LogicalAxes = Sequence[str | None]
@@ -21,25 +23,39 @@ lecun_normal = jax.nn.initializers.lecun_normal()
 xavier_uniform = jax.nn.initializers.xavier_uniform()
 normal = jax.nn.initializers.normal(0.02)
 
+ATTENTION = "attention"  # the name of attention's results, by which a remat policy may keep them
+
 _UNSEEN = jnp.finfo(jnp.float32).min  # in place of the score of a key that a query may not see
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: LogicalAxes) -> nnx.Param:
-  """A float32 parameter; `axes` names each dimension for sharding."""
+  """A float32 parameter; `axes` names each dimension for sharding.
+
+  Frozen ones are stored in the configuration's dtype, but for those whose metadata says `keeps_dtype`.
+  """
   assert len(shape) == len(axes), (shape, axes)
   return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=tuple(axes))
 
 
 class Linear(nnx.Module):
-  """x: [..., n] -> [..., m]."""
+  """x: [..., n] -> [..., m]. With `int8` the kernel is quantised (see `quantised.py`) and not to be trained."""
 
-  def __init__(self, n: int, m: int, axes: LogicalAxes, *, rngs: nnx.Rngs, bias: bool = True, init: Callable = lecun_normal):
-    self.kernel = parameter(rngs, init, (n, m), axes)
+  def __init__(self, n: int, m: int, axes: LogicalAxes, *, rngs: nnx.Rngs, bias: bool = True,
+               init: Callable = lecun_normal, int8: bool = False):
+    kernel = parameter(rngs, init, (n, m), axes)
+    if int8:
+      values, scale = quantise(kernel[...])
+      self.kernel = nnx.Param(values, logical_axes=tuple(axes), keeps_dtype=True)
+      self.kernel_scale = nnx.Param(scale, logical_axes=(axes[1],), keeps_dtype=True)
+    else:
+      self.kernel, self.kernel_scale = kernel, None
     self.bias = parameter(rngs, jax.nn.initializers.zeros, (m,), (axes[1],)) if bias else None
 
   def __call__(self, x: Array) -> Array:
     y = x @ self.kernel[...].astype(x.dtype)
+    if self.kernel_scale is not None:
+      y = y * self.kernel_scale[...].astype(x.dtype)
     return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -133,9 +149,10 @@ def _forward(query: Array, key: Array, value: Array, mask: Array | None):
   total = weights.sum(-1, keepdims=True)
   out = _product("bhqk,bhkd->bhqd", weights.astype(value.dtype), value) / total
   blind = largest == _UNSEEN
-  out = jnp.where(blind, 0, out).astype(query.dtype)
+  out = checkpoint_name(jnp.where(blind, 0, out).astype(query.dtype), ATTENTION)
   # An infinite normaliser makes all weights of a query that sees nothing zero in the backward pass.
-  return out, (query, key, value, mask, jnp.where(blind, jnp.inf, largest + jnp.log(total)), out)
+  normaliser = checkpoint_name(jnp.where(blind, jnp.inf, largest + jnp.log(total)), ATTENTION)
+  return out, (query, key, value, mask, normaliser, out)
 
 
 def _backward(stored, gradient: Array):
@@ -166,7 +183,12 @@ def split_key(key: Array | None, count: int) -> Sequence[Array | None]:
   return [None] * count if key is None else jax.random.split(key, count)
 
 
-_REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+# What is kept of a block for its backward pass besides its input; without a policy, nothing.
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of linear maps
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),  # attention is the dearest to compute again
+    "full": None,
+}
 
 
 class Stack(nnx.Module):
@@ -183,7 +205,8 @@ class Stack(nnx.Module):
     Args:
       xs: pytree whose leaves have a leading axis of length `depth`, one slice per block.
       key: random key, split into one per block.
-      remat: what the backward pass recomputes: nothing, everything, or everything but matrix products.
+      remat: what the backward pass recomputes: nothing ("none"), everything but linear maps ("dots"), everything but
+        attention ("attention"), or everything ("full").
       last: `step` of the last block, where it differs; that block is then compiled for itself and its y dropped.
 
     Returns:

@@ -1,12 +1,15 @@
 """LLaMA (Touvron et al. 2023), the language model: RMSNorm, rotary positions, SwiGLU, grouped queries, optional LoRA."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lyrics_jax.config import LLMConfig, Remat
+from lyrics_jax.config import Attention, LLMConfig, Remat
+from lyrics_jax.models.attention import causal_attention, causal_mask
 from lyrics_jax.models.layers import (Array, Embedding, Linear, LogicalAxes, RMSNorm, Stack, attend, merge_heads, split_heads,
                                       split_key)
 from lyrics_jax.models.lora import LoRALinear
@@ -31,8 +34,8 @@ def rotary(x: Array, positions: Array, theta: float) -> Array:
 
 
 class LLaMABlock(nnx.Module):
-  def __init__(self, config: LLMConfig, *, rngs: nnx.Rngs):
-    self.config = config
+  def __init__(self, config: LLMConfig, int8: bool, *, rngs: nnx.Rngs):
+    self.config, self.int8 = config, int8 and config.train != "full"
     width, head_width = config.width, config.width // config.heads
     self.attention_norm = RMSNorm(width, config.norm_eps, rngs=rngs)
     self.q = self._linear("q", width, width, ("embed", "heads"), rngs)
@@ -46,10 +49,11 @@ class LLaMABlock(nnx.Module):
 
   def _linear(self, name: str, n: int, m: int, axes: LogicalAxes, rngs: nnx.Rngs) -> Linear:
     if self.config.train == "lora" and name in self.config.lora.targets:
-      return LoRALinear(n, m, axes, self.config.lora, rngs=rngs)
-    return Linear(n, m, axes, bias=False, rngs=rngs)
+      return LoRALinear(n, m, axes, self.config.lora, rngs=rngs, int8=self.int8)
+    return Linear(n, m, axes, bias=False, rngs=rngs, int8=self.int8)
 
-  def __call__(self, x: Array, positions: Array, mask: Array, cache: tuple[Array, Array] | None, slot, key: Array | None):
+  def __call__(self, x: Array, positions: Array, attention: Callable, cache: tuple[Array, Array] | None, slot,
+               key: Array | None):
     keys = split_key(key, 7)
 
     def apply(linear: Linear, x: Array, key: Array | None) -> Array:
@@ -62,40 +66,49 @@ class LLaMABlock(nnx.Module):
     if cache is not None:
       k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1)
                            for old, new in zip(cache, (k, v)))
-    x = x + apply(self.o, merge_heads(attend(q, k, v, mask)), keys[3])
+    x = x + apply(self.o, merge_heads(attention(q, k, v)), keys[3])
     y = self.mlp_norm(x)
     y = jax.nn.silu(apply(self.gate, y, keys[4])) * apply(self.up, y, keys[5])
     return x + apply(self.down, y, keys[6]), cache
 
 
 class LLaMA(nnx.Module):
-  def __init__(self, config: LLMConfig, *, remat: Remat = "none", rngs: nnx.Rngs):
-    self.config, self.remat = config, remat
+  """With `int8` the frozen kernels of the blocks are quantised; words and head, the most sensitive ones, are not."""
+
+  def __init__(self, config: LLMConfig, *, remat: Remat = "none", attention: Attention = "auto", int8: bool = False,
+               rngs: nnx.Rngs):
+    self.config, self.remat, self.attention = config, remat, attention
     self.words = Embedding(config.vocab_size, config.width, rngs=rngs)
-    self.stack = Stack(lambda rngs: LLaMABlock(config, rngs=rngs), config.layers, rngs=rngs)
+    self.stack = Stack(lambda rngs: LLaMABlock(config, int8, rngs=rngs), config.layers, rngs=rngs)
     self.norm = RMSNorm(config.width, config.norm_eps, rngs=rngs)
     self.head = Linear(config.width, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs)
 
-  def __call__(self, embeddings: Array, positions: Array, mask: Array, *, cache: Cache | None = None, slot=0,
+  def __call__(self, embeddings: Array, positions: Array, segments: Array, *, cache: Cache | None = None, slot=0,
                key: Array | None = None) -> tuple[Array, Cache | None]:
     """Hidden states after the final norm, and the cache with these tokens added.
 
     Args:
       embeddings: [B, T, D]; positions: int32[B, T] for the rotary embedding.
-      mask: bool[B, 1, T, T], or [B, 1, T, S] with a cache of S slots.
+      segments: int32[B, T], which conversation of its row a token is of, 0 on padding; with a cache int32[B, S], of
+        what stands in its S slots after this call. A token sees its own segment up to itself.
       slot: where in the cache these T tokens are written.
       key: for LoRA's dropout.
     """
+    if cache is None:
+      attention = causal_attention(segments, self.config, self.attention, embeddings.dtype)
+    else:
+      attention = functools.partial(attend, mask=causal_mask(segments, slot, embeddings.shape[1]))
+
     def step(block, x, layer_cache, key):
-      return block(x, positions, mask, layer_cache, slot, key)
+      return block(x, positions, attention, layer_cache, slot, key)
 
     caches = None if cache is None else (cache.keys, cache.values)
     x, caches = self.stack.scan(step, embeddings, caches, key=key, remat=self.remat)
     return self.norm(x), None if cache is None else Cache(*caches)
 
   def logits(self, hidden: Array) -> Array:
-    """[..., D] -> float32[..., vocabulary]."""
-    return self.head(hidden).astype(jnp.float32)
+    """[..., D] -> float32[..., vocabulary], not rounded to a shorter dtype on the way."""
+    return jnp.matmul(hidden, self.head.kernel[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
   def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
     shape = (self.config.layers, batch, slots, self.config.kv_heads, self.config.width // self.config.heads)

@@ -13,8 +13,8 @@ _init_a = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class LoRALinear(Linear):
   """A `Linear` without bias plus adapters `lora_a` [n, r] and `lora_b` [r, m] (zero at the start)."""
 
-  def __init__(self, n: int, m: int, axes: LogicalAxes, config: LoRAConfig, *, rngs: nnx.Rngs):
-    super().__init__(n, m, axes, bias=False, rngs=rngs)
+  def __init__(self, n: int, m: int, axes: LogicalAxes, config: LoRAConfig, *, rngs: nnx.Rngs, int8: bool = False):
+    super().__init__(n, m, axes, bias=False, rngs=rngs, int8=int8)
     self.lora_a = parameter(rngs, _init_a, (n, config.rank), (axes[0], None))
     self.lora_b = parameter(rngs, jax.nn.initializers.zeros, (config.rank, m), (None, axes[1]))
     self.scale, self.rate = config.alpha / config.rank, config.dropout

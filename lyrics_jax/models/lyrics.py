@@ -35,7 +35,7 @@ class Perception(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.dtype = jnp.dtype(config.dtype)
-    self.vision = CLIPVision(config.vision, rngs=rngs)
+    self.vision = CLIPVision(config.vision, int8=config.frozen_dtype == "int8", rngs=rngs)
     self.image_norm = LayerNorm(config.vision.width, config.vision.norm_eps, rngs=rngs)
     self.local_tokens = LocalTokens(config.refiner, config.mq_former.width, rngs=rngs)
     self.mq_former = MQFormer(config.mq_former, config.vision.width, dtype=self.dtype, remat=config.remat, rngs=rngs)
@@ -80,4 +80,5 @@ class LyricsForInstruction(nnx.Module):
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.perception = Perception(config, rngs=rngs)
     self.projection = Linear(config.mq_former.width, config.llm.width, (None, "embed"), rngs=rngs)
-    self.llm = LLaMA(config.llm, remat=config.remat, rngs=rngs)
+    self.llm = LLaMA(config.llm, remat=config.remat, attention=config.attention, int8=config.frozen_dtype == "int8",
+                     rngs=rngs)

@@ -10,9 +10,10 @@ from flax import nnx
 
 from lyrics_jax.config import Config
 from lyrics_jax.models import masks
+from lyrics_jax.models.attention import segment_positions
 from lyrics_jax.models.lyrics import LyricsForInstruction
 from lyrics_jax.models.mq_former import spatial_and_caption
-from lyrics_jax.stages.base import Array, Batch, Loss, cross_entropy, masked_mean, text_spec, visual_spec
+from lyrics_jax.stages.base import Array, Batch, Loss, next_token_loss, text_spec, visual_spec
 
 
 class Instruct:
@@ -38,14 +39,11 @@ class Instruct:
   def loss(self, model: LyricsForInstruction, batch: Batch, key: Array | None) -> Loss:
     query_key, llm_key = (None, None) if key is None else jax.random.split(key)
     embeddings = self.embed(model, batch, query_key)
-    length = batch["llm_ids"].shape[1]
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), batch["llm_ids"].shape)
-    hidden, _ = model.llm(embeddings, positions, causal_mask(batch["llm_mask"]), key=llm_key)
-    logits = model.llm.logits(hidden[:, :-1])
-    targets, used = batch["llm_ids"][:, 1:], batch["llm_targets"][:, 1:]
-    value = masked_mean(cross_entropy(logits, targets), used)
-    return Loss(value, used.sum().astype(jnp.float32),
-                {"lm": value, "token_accuracy": masked_mean(logits.argmax(-1) == targets, used)})
+    segments = batch["llm_mask"].astype(jnp.int32)
+    hidden, _ = model.llm(embeddings, segment_positions(segments), segments, key=llm_key)
+    ids, trained = batch["llm_ids"], batch["llm_targets"]
+    value, accuracy = next_token_loss(model.llm.logits, hidden, ids, trained, self.config.instruct.loss_chunk)
+    return Loss(value, trained[:, 1:].sum().astype(jnp.float32), {"lm": value, "token_accuracy": accuracy})
 
   def embed(self, model: LyricsForInstruction, batch: Batch, key: Array | None) -> Array:
     """The LLM's input [B, L, D]: word embeddings, with soft tokens of the picture where `image_slot` >= 0."""
@@ -64,9 +62,3 @@ class Instruct:
       return mq_former.query_pass(sources, key)[0]
     text = spatial_and_caption(spatial, instruction, mq_former.config.restart_positions)
     return mq_former.joint_pass(sources, text, masks.INSTRUCT, key, read=())[0]
-
-
-def causal_mask(valid: Array) -> Array:
-  """bool[B, 1, T, T] from bool[B, T]: each position sees the valid ones up to itself."""
-  length = valid.shape[1]
-  return jnp.tril(jnp.ones((length, length), bool))[None, None] & valid[:, None, None, :]

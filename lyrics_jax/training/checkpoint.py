@@ -62,6 +62,26 @@ class Checkpoints:
     like = like or _in_host_memory(self.manager.item_metadata(step)["parameters"])
     return self.manager.restore(step, args=ocp.args.Composite(parameters=ocp.args.StandardRestore(like))).parameters
 
+  def stored_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """All parameters of the newest checkpoint, trained and frozen, abstract."""
+    return {path: jax.ShapeDtypeStruct(array.shape, array.dtype)
+            for directory in self._parameter_directories() for path, array in _stored(directory).items()}
+
+  def restore_some(self, like: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
+    """These parameters of the newest checkpoint, trained or frozen, laid out like `like`; nothing else is read."""
+    values = {}
+    for directory in self._parameter_directories():
+      inside = {path: like[path] for path in _stored(directory) if path in like}
+      if inside:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+          values |= checkpointer.restore(directory, args=ocp.args.PyTreeRestore(
+              inside, restore_args=ocp.checkpoint_utils.construct_restore_args(inside), partial_restore=True))
+    return values
+
+  def _parameter_directories(self) -> list[epath.Path]:
+    both = self.output / "checkpoints" / str(self.latest()) / "parameters", self.output / "frozen"
+    return [directory for directory in both if directory.exists()]
+
   def reached_preemption(self, step: int) -> bool:
     return self.manager.reached_preemption(step)
 
@@ -99,6 +119,12 @@ def _in_host_memory(saved) -> dict[str, jax.ShapeDtypeStruct]:
   """As saved, but for where it lay: the devices of the run that saved it may not be here."""
   here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
   return {path: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=here) for path, value in saved.items()}
+
+
+def _stored(directory: epath.Path) -> dict:
+  """By path, what Orbax knows of the arrays in a directory without reading them."""
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    return checkpointer.metadata(directory).item_metadata.tree
 
 
 def _misfit(path: epath.Path, error: Exception) -> UserError:

@@ -5,6 +5,7 @@ Paths such as `perception/mq_former/queries` are the names of checkpoints, weigh
 
 import dataclasses
 import math
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,13 @@ class ParameterPlan:
   def of(cls, stage: Stage) -> "ParameterPlan":
     graph, state = nnx.split(nnx.eval_shape(lambda: stage.build(nnx.Rngs(0))))
     variables = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-    frozen_dtype = jnp.dtype(stage.config.model.frozen_dtype)
-    shapes = {path: jax.ShapeDtypeStruct(v.shape, v.dtype if stage.trains(path) else frozen_dtype) for path, v in variables.items()}
-    return cls(stage, graph, variables, shapes, {path: v.get_metadata()["logical_axes"] for path, v in variables.items()})
+    metadata = {path: v.get_metadata() for path, v in variables.items()}
+    frozen_dtype = stage.config.model.frozen_dtype
+    frozen_dtype = jnp.dtype("bfloat16" if frozen_dtype == "int8" else frozen_dtype)  # int8 ones keep theirs
+    kept = lambda path: stage.trains(path) or metadata[path].get("keeps_dtype", False)
+    shapes = {path: jax.ShapeDtypeStruct(v.shape, v.dtype if kept(path) else frozen_dtype)
+              for path, v in variables.items()}
+    return cls(stage, graph, variables, shapes, {path: metadata[path]["logical_axes"] for path in variables})
 
   def paths(self, trained: bool) -> list[str]:
     return [path for path in self.shapes if self.stage.trains(path) == trained]
@@ -46,16 +51,21 @@ class ParameterPlan:
 
   def initialise(self, mesh: Mesh, seed: int) -> tuple[Parameters, Parameters]:
     """Fresh (trained, frozen) parameters, made where they will lie."""
+    return self.split(self.fresh(mesh, seed, self.shapes))
+
+  def fresh(self, mesh: Mesh, seed: int, paths: Collection[str]) -> Parameters:
+    """Those of the fresh parameters that have these paths; the others are never in memory."""
+    if not paths:
+      return {}
     shardings = self.shardings(mesh)
 
     def create(key: jax.Array) -> Parameters:
       _, state = nnx.split(self.stage.build(nnx.Rngs(params=key)))
-      return {"/".join(map(str, path)): variable[...].astype(self.shapes["/".join(map(str, path))].dtype)
-              for path, variable in nnx.to_flat_state(state)}
+      values = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+      return {path: values[path][...].astype(self.shapes[path].dtype) for path in paths}
 
     with jax.set_mesh(mesh):
-      parameters = jax.jit(create, out_shardings=shardings)(jax.random.key(seed))
-    return self.split(parameters)
+      return jax.jit(create, out_shardings={path: shardings[path] for path in paths})(jax.random.key(seed))
 
   def split(self, parameters: Parameters) -> tuple[Parameters, Parameters]:
     """(trained, frozen)."""

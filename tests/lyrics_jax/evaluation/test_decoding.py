@@ -10,7 +10,6 @@ from lyrics_jax.config import LLMConfig
 from lyrics_jax.evaluation.answerer import Answerer
 from lyrics_jax.models.decode import greedy
 from lyrics_jax.models.llama import LLaMA
-from lyrics_jax.stages.instruct import causal_mask
 from refiner_export.reader import RecordDirectory
 
 NEW, LENGTH = 10, 14
@@ -36,8 +35,8 @@ def reference(prompts):
 
   @jax.jit
   def next_word(sequence, length):
-    real = (jnp.arange(slots) < length)[None]
-    hidden, _ = llm(sequence[None], jnp.arange(slots)[None], causal_mask(real))
+    segments = (jnp.arange(slots) < length)[None].astype(jnp.int32)
+    hidden, _ = llm(sequence[None], jnp.arange(slots)[None], segments)
     return llm.logits(hidden[0, length - 1]).argmax()
 
   answers = []

@@ -70,7 +70,7 @@ def test_blocks_begin_differently():
   assert min(np.abs(kernels[a] - kernels[b]).max() for a in range(4) for b in range(a)) > 0.1
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_rematerialisation_changes_nothing(remat):
   graph, state = nnx.split(STACK)
   loss = lambda state, remat: jnp.square(scan(nnx.merge(graph, state), remat, jax.random.key(1))[0]).sum()

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import tiny
 
-from lyrics_jax.stages.instruct import causal_mask
-
 VISUAL = ("detection", "detection_mask", "masks", "masks_mask")
 HEARD = ("spatial_ids", "spatial_mask", "instruction_ids", "instruction_mask")
 
@@ -27,7 +25,7 @@ def inside(instruct, batch):
     model = instruct.plan.model(*instruct.plan.split(parameters))
     embeddings = stage.embed(model, batch, None)
     positions = jnp.broadcast_to(jnp.arange(embeddings.shape[1]), embeddings.shape[:2])
-    hidden, _ = model.llm(embeddings, positions, causal_mask(batch["llm_mask"]))
+    hidden, _ = model.llm(embeddings, positions, batch["llm_mask"].astype(jnp.int32))
     return model.projection(stage.see(model, batch, None)), embeddings, model.llm.logits(hidden)
 
   return [np.asarray(value) for value in run(instruct.parameters, batch)]
@@ -106,3 +104,13 @@ def test_the_mq_former_hears_what_is_configured(instruct, compiled, batch, aware
   loss = stage.loss(stage.parameters, batch).value
   for names, heard in ((HEARD[:2], spatial), (HEARD[2:], aware)):
     assert (stage.loss(stage.parameters, batch | {name: other[name] for name in names}).value != loss) == heard
+
+
+def test_how_it_is_computed_changes_nothing(instruct, compiled, batch):
+  """Another attention kernel, the loss in chunks."""
+  other = compiled("instruct", model__attention="splash", instruct__loss_chunk=5)
+  expected, got = instruct.loss(instruct.parameters, batch), other.loss(instruct.parameters, batch)
+  assert float(got.value) == pytest.approx(float(expected.value), rel=1e-5)  # float32 sums in another order
+  assert float(got.metrics["token_accuracy"]) == pytest.approx(float(expected.metrics["token_accuracy"]), rel=1e-6)
+  kernels = lambda of: str(jax.make_jaxpr(of.loss)(instruct.parameters, batch)).count("pallas_call")
+  assert kernels(other) > kernels(instruct) == 0

@@ -69,7 +69,8 @@ def start(tmp_path_factory):
                     f"def get_config():\n  config = from_dict(Config, json.load(open({str(own / 'config.json')!r})))\n"
                     "  config.__dict__.pop('_final')\n  return config\n")
     return subprocess.Popen([sys.executable, "-m", "lyrics_jax.train", "--config", str(path), *arguments], cwd=ROOT,
-                            env=environment | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            env=environment | {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}"},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
   return run
 

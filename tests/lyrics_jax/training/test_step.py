@@ -66,6 +66,19 @@ def test_an_update_that_is_not_finite_is_refused():
   jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.parameters, state.optimizer)), (before.parameters, before.optimizer))
 
 
+@pytest.mark.parametrize("train, share", [("lora", 0), ("full", 1)])
+def test_frozen_kernels_have_no_gradient(train, share):
+  """Bytes that the gradient computes in the shapes of the language model's MLP, which no other part of the model has."""
+  plan = tiny.make_plan(tiny.make_config("instruct", model__llm__train=train, model__llm__mlp_dim=44))
+  trained, frozen = ({path: plan.shapes[path] for path in plan.paths(flag)} for flag in (True, False))
+  loss = lambda trained, frozen, batch: plan.stage.loss(plan.model(trained, frozen), batch, None).value
+  program = jax.make_jaxpr(jax.grad(loss))(trained, frozen, plan.stage.batch_spec())
+  kernels = [plan.shapes[f"llm/stack/blocks/{name}/kernel"] for name in ("gate", "up", "down")]
+  computed = [variable.aval for equation in program.jaxpr.eqns for variable in equation.outvars]
+  size = sum(array.size * array.dtype.itemsize for array in computed if array.shape in {kernel.shape for kernel in kernels})
+  assert size == share * sum(4 * kernel.size for kernel in kernels)
+
+
 @pytest.mark.parametrize("train", ["full", "lora", "frozen"])
 def test_frozen_parameters_have_no_optimizer_state(train):
   plan = tiny.make_plan(tiny.make_config("instruct", model__llm__train=train, model__frozen_dtype="bfloat16"))

@@ -1,0 +1,152 @@
+"""The language model's attention: kernels agree, are chosen by platform and shape, and see only their own segment."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from lyrics_jax.config import LLMConfig, MeshConfig
+from lyrics_jax.models import attention
+from lyrics_jax.models.attention import causal_attention, causal_mask, segment_positions, select
+from lyrics_jax.models.llama import LLaMA
+from lyrics_jax.training.sharding import MESH_AXES, make_mesh
+from refiner_export.settings import UserError
+
+BATCH, LENGTH = 4, 130  # two blocks of 128 tokens, the second one mostly padding
+# Two conversations and padding, one that fills the row, three, and one whose padding stands in front.
+SEGMENTS = np.stack([np.repeat([1, 2, 0], [70, 50, 10]), np.ones(LENGTH), np.repeat([1, 2, 3], [1, 127, 2]),
+                     np.repeat([0, 1], [20, 110])]).astype(np.int32)
+
+
+def llm(heads=4, kv_heads=2, width=8):
+  return LLMConfig(heads=heads, kv_heads=kv_heads, width=heads * width)
+
+
+def run(name, query, key, value, segments=SEGMENTS):
+  """One kernel's output at real tokens, and the gradients of a weighted sum of it."""
+  weights = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32) * (segments > 0)[..., None, None]
+
+  @jax.jit
+  def outputs(*inputs):
+    out, pullback = jax.vjp(causal_attention(segments, llm(query.shape[2], key.shape[2]), name, query.dtype), *inputs)
+    return out, *pullback(weights)
+
+  out, *gradients = map(np.asarray, outputs(query, key, value))
+  return out[segments > 0], *gradients
+
+
+def inputs(heads, kv_heads):
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(rng.standard_normal((BATCH, LENGTH, n, 8)), jnp.float32) for n in (heads, kv_heads, kv_heads)]
+
+
+@pytest.fixture(autouse=True)
+def _short_blocks(monkeypatch):
+  monkeypatch.setattr(attention, "_LONGEST_BLOCK", 128)
+
+
+@pytest.mark.parametrize("heads, kv_heads, mesh", [(2, 2, None), (4, 2, (1, 1, 1)), (4, 2, (2, 2, 2))])
+def test_splash_equals_xla(heads, kv_heads, mesh):
+  """Output and gradients, packed and padded, grouped queries too; with a mesh on each device its own rows and heads."""
+  q, k, v = inputs(heads, kv_heads)
+  expected = run("xla", q, k, v)
+  if mesh is None:
+    got = run("splash", q, k, v)
+  else:
+    with jax.set_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[:int(np.prod(mesh))])):
+      got = run("splash", q, k, v)
+  for ours, theirs in zip(got, expected):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)  # float32 sums in another order; values of size 1
+
+
+def test_xla_equals_a_softmax_over_the_own_segment():
+  q, k, v = inputs(2, 1)
+  out = np.asarray(causal_attention(SEGMENTS, llm(2, 1), "xla", q.dtype)(q, k, v))
+  for row, token in ((0, 0), (0, 69), (0, 70), (0, 119), (2, 128), (3, 60)):
+    own = [t for t in range(token + 1) if SEGMENTS[row, t] == SEGMENTS[row, token]]
+    for head in range(2):
+      scores = np.asarray(k)[row, own, 0] @ np.asarray(q)[row, token, head] / np.sqrt(8)
+      weights = np.exp(scores - scores.max())
+      np.testing.assert_allclose(out[row, token, head], weights / weights.sum() @ np.asarray(v)[row, own, 0], atol=1e-5)
+
+
+def test_only_xla_makes_a_dense_mask():
+  shapes = [jax.ShapeDtypeStruct((BATCH, LENGTH, n, 8), jnp.float32) for n in (4, 2, 2)]
+  square = {name: f"[{BATCH},1,{LENGTH},{LENGTH}]" in str(jax.make_jaxpr(
+      lambda *inputs: causal_attention(jnp.asarray(SEGMENTS), llm(), name, jnp.float32)(*inputs))(*shapes))
+            for name in ("xla", "splash")}
+  assert square == {"xla": True, "splash": False}
+
+
+@pytest.mark.parametrize("kernel", ["splash", "xla"])
+def test_remat_may_keep_what_attention_gave(kernel):
+  """With remat=attention its output and normaliser are computed once, with remat=full again in the backward pass."""
+  config = LLMConfig(vocab_size=5, width=16, layers=2, heads=2, kv_heads=2, mlp_dim=8, train="full")
+  segments = jnp.asarray(SEGMENTS)
+
+  def program(remat):
+    graph, state = nnx.split(nnx.eval_shape(lambda: LLaMA(config, remat=remat, attention=kernel, rngs=nnx.Rngs(0))))
+    loss = lambda state, x: nnx.merge(graph, state)(x, segment_positions(segments), segments)[0].sum()
+    x = jax.ShapeDtypeStruct((*segments.shape, config.width), jnp.float32)
+    return str(jax.make_jaxpr(jax.grad(loss))(state, x))
+
+  none, kept, full = map(program, ("none", "attention", "full"))
+  results = lambda text: text.count("name=attention]")
+  assert results(none) == results(kept) == 2 < results(full)
+  if kernel == "xla":
+    assert full.count("= dot_general[") == kept.count("= dot_general[") + 2  # scores, and their product with the values
+
+
+def test_a_mask_of_a_part_of_the_cache():
+  whole = np.asarray(causal_mask(jnp.asarray(SEGMENTS)))
+  np.testing.assert_array_equal(causal_mask(jnp.asarray(SEGMENTS), 60, 7), whole[:, :, 60:67])
+
+
+def test_positions_restart_with_each_segment():
+  segments = jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 1, 1, 1, 1], [1, 2, 2, 3, 3, 3]])
+  assert segment_positions(segments).tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3], [0, 0, 1, 0, 1, 2]]
+
+
+def on(platform, sizes=(2, 2, 1)):
+  """A mesh of devices that this machine lacks, as when compiling ahead of time."""
+  device = AbstractDevice(device_kind="made-up", num_cores=None, platform=platform)
+  return jax.sharding.use_abstract_mesh(
+      AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device))
+
+
+@pytest.mark.parametrize("platform, sizes, config, dtype, chosen", [
+    ("tpu", (2, 2, 1), llm(width=128), "bfloat16", "splash"),
+    ("tpu", (2, 1, 2), llm(width=64), "float32", "splash"),
+    ("tpu", (2, 2, 1), llm(width=40), "bfloat16", "xla"),  # heads of another width
+    ("tpu", (1, 1, 4), llm(width=128), "bfloat16", "xla"),  # two key heads for four devices
+    ("tpu", (8, 1, 1), llm(width=128), "bfloat16", "xla"),  # four rows for eight devices
+    ("cuda", (2, 2, 1), llm(width=128), "bfloat16", "cudnn"),
+    ("cuda", (2, 2, 1), llm(width=128), "float32", "xla"),
+    ("cuda", (2, 2, 1), llm(width=160), "bfloat16", "xla"),
+    ("cpu", (2, 2, 1), llm(width=128), "bfloat16", "xla"),
+])
+def test_auto_goes_by_platform_and_shape(platform, sizes, config, dtype, chosen):
+  with on(platform, sizes):
+    assert select("auto", (BATCH, LENGTH), config, jnp.dtype(dtype)) == chosen
+
+
+def test_without_a_mesh_this_process_decides():
+  assert select("auto", (BATCH, LENGTH), llm(width=128), jnp.dtype("bfloat16")) == "xla"
+  assert select("splash", (BATCH, LENGTH), llm(), jnp.dtype("float32")) == "splash"
+
+
+@pytest.mark.parametrize("asked, shape, sizes, config, dtype, message", [
+    ("splash", (4, 130), (1, 1, 4), llm(), "float32",
+     r"^config.model.attention=splash: config.mesh.tensor=4 does not divide config.model.llm.kv_heads=2; use auto or "),
+    ("splash", (4, 130), (8, 1, 1), llm(), "float32",
+     r"^config.model.attention=splash: 4 rows do not divide over config.mesh.data x config.mesh.fsdp = 8 devices; "),
+    ("cudnn", (4, 130), (1, 1, 1), llm(), "float32", r"attention=cudnn: it needs config.model.dtype=bfloat16; "),
+    ("cudnn", (4, 131), (1, 1, 1), llm(), "bfloat16", r"attention=cudnn: a conversation of 131 tokens is odd, "),
+    ("cudnn", (4, 130), (1, 1, 1), llm(width=132), "bfloat16",
+     r"^config.model.attention=cudnn: heads of config.model.llm are 132 wide, it takes multiples of 8 up to 128; use auto"),
+])
+def test_a_kernel_that_cannot_run(asked, shape, sizes, config, dtype, message):
+  with on("tpu", sizes), pytest.raises(UserError, match=message):
+    select(asked, shape, config, jnp.dtype(dtype))
