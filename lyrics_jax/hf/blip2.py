@@ -1,12 +1,12 @@
 """BLIP-2's Q-Former (Li et al. 2023), from which the MQ-Former starts: the names of its weights.
 
 Two layouts are read: LAVIS' (`blip2_pretrained_vitL.pth`, with CLIP's image encoder in OpenAI's names where the file has
-one) and Hugging Face's (`Blip2ForImageTextRetrieval`, `Blip2QFormerModel`, `InstructBlipQFormerModel`). The table is in
+one) and Hugging Face's (`Blip2ForImageTextRetrieval`, with its ViT-g where config.model.vision.kind = "eva";
+`Blip2QFormerModel`, `InstructBlipQFormerModel`). The table is in
 LAVIS' names; `lavis_name` translates the others. What BLIP-2 lacks (grounding queries and their cross-attention, local
 tokens, the rows of added words) stays as initialised.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -16,8 +16,9 @@ from absl import logging
 from etils import epath
 
 from lyrics_jax.config import ModelConfig
+from lyrics_jax.hf import eva_names
 from lyrics_jax.hf.read import Tensor, read_tensors
-from lyrics_jax.hf.table import PLAIN, TRANSPOSED, UNKNOWN, Entry, Form, Found, assemble, part
+from lyrics_jax.hf.table import FIRST, LEAVES, PATCH, PLAIN, THIRDS, Entry, Found, Source, account, part
 from refiner_export.settings import require
 
 FORMER, BERT = "perception/mq_former", "Qformer.bert"
@@ -43,24 +44,16 @@ MODULES = {
     "itm": "itm_head",
     f"{VISION}/input_norm": f"{CLIP}.ln_pre",
 }
-LEAVES = {"kernel": ("weight", TRANSPOSED), "embedding": ("weight", PLAIN), "scale": ("weight", PLAIN),
-          "bias": ("bias", PLAIN)}
 
 # --- our single parameters -> theirs ---
-_QUERIES = Form(lambda shape: (1, *shape), lambda a: a[0])
-_PATCH = Form(lambda shape: (shape[1], 3, *[math.isqrt(shape[0] // 3)] * 2),  # [D, 3, p, p] <-> [p * p * 3, D]
-              lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]))
 PARAMETERS = {
-    f"{FORMER}/queries": ("query_tokens", _QUERIES),
+    f"{FORMER}/queries": ("query_tokens", FIRST),
     "lm_head/bias": (f"{HEAD}.bias", PLAIN),
     "temperature": ("temp", PLAIN),
-    f"{VISION}/patch/kernel": (f"{CLIP}.conv1.weight", _PATCH),
+    f"{VISION}/patch/kernel": (f"{CLIP}.conv1.weight", PATCH),
     f"{VISION}/class_token": (f"{CLIP}.class_embedding", PLAIN),
     f"{VISION}/positions": (f"{CLIP}.positional_embedding", PLAIN),
 }
-# One tensor holds the kernels, another the biases, of query, key and value below each other.
-_THIRDS = {name: Form(lambda shape: (3 * shape[-1], *shape[:-1]), lambda a, n=n: np.split(a, 3)[n].T)
-           for n, name in enumerate("qkv")}
 
 REQUIRED = frozenset(f"mq_former/{name}" for name in ("norm", "self_attention", "visual_attention", "query_mlp"))
 LEFT_OVER = {
@@ -68,10 +61,11 @@ LEFT_OVER = {
     "heads of stage 1": r"Qformer\.cls\..*|itm_head\..*|temp",
     "output words, tied to the word embedding": r"Qformer\.cls\.predictions\.decoder\..*",
     "position numbers": r".*\.position_ids",
-    "an image encoder that is not CLIP": rf"vision_model\..*|{CLIP}\.(cls_token|pos_embed|patch_embed|blocks)\b.*",
+    "another image encoder than config.model.vision": rf"vision_model\..*|{CLIP}\.(cls_token|pos_embed|patch_embed|blocks)\b.*",
     "a language model": r"language_(model|projection)\..*",
 }
 _FROM_HF = (
+    (r"^qformer\.(bert|cls)\.", r"Qformer.\1."),
     (r"^(qformer\.)?(embeddings\.)?layernorm\.", f"{BERT}.embeddings.LayerNorm."),
     (r"^(qformer\.)?(embeddings|encoder)\.", rf"{BERT}.\2."),
     (r"attention\.attention\.", "attention.self."),
@@ -96,30 +90,38 @@ def lavis_name(name: str) -> str:
   return name
 
 
-def load(path: epath.Path, config: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Found:
+def find(path: epath.Path, config: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Source:
   """What the BLIP-2 weights at `path` have for a model with parameters of these shapes, every tensor accounted for.
 
-  Raises `UserError` where the file or the configuration stands in the way; nothing is loaded by halves.
+  Raises `UserError` where the file or the configuration stands in the way.
   """
   tensors = {lavis_name(name): tensor for name, tensor in read_tensors(path).items()}
+  if config.vision.kind == "eva":
+    tensors = {eva_names.image_norm(name): tensor for name, tensor in tensors.items()}
   _check_structure(str(path), tensors, config)
-  entries = {ours: entry for ours, shape in shapes.items() if (entry := _entry(ours, shape.shape, config)) is not None}
-  values = assemble(str(path), tensors, entries, REQUIRED, _remedy)
+  entries = q_former_entries(config, shapes)
+  source = account(str(path), tensors, entries, REQUIRED.__contains__, _remedy, LEFT_OVER)
   _check_tied(str(path), tensors)
-  used = {name for ours in values for name in entries[ours].names}
-  left_over = {}
-  for name, tensor in tensors.items():
-    if name not in used:
-      reason = next((reason for reason, pattern in reversed(LEFT_OVER.items()) if re.fullmatch(pattern, name)), UNKNOWN)
-      left_over.setdefault(reason, []).append(tensor.name)
-  return Found(values, left_over)
+  return source
+
+
+def load(path: epath.Path, config: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Found:
+  """As `find`, read; nothing is loaded by halves."""
+  return find(path, config, shapes).found()
+
+
+def q_former_entries(config: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Entry]:
+  """Which tensors, in LAVIS' names, make up each of our parameters that BLIP-2 has."""
+  return {path: entry for path, shape in shapes.items() if (entry := _entry(path, shape.shape, config)) is not None}
 
 
 def _entry(path: str, shape: tuple[int, ...], config: ModelConfig) -> Entry | None:
   """Which tensors make up our parameter `path`; None where BLIP-2 has nothing like it."""
+  if path.startswith(f"{VISION}/") and config.vision.kind == "eva":
+    return eva_names.entry(path, shape, config.vision)
   if path in PARAMETERS:
     name, form = PARAMETERS[path]
-    shape = (config.mq_former.visual_queries, *shape[1:]) if form is _QUERIES else shape
+    shape = (config.mq_former.visual_queries, *shape[1:]) if form is FIRST else shape
     return Entry((name,), form, shape, fewer_rows=path == "lm_head/bias")
   module, _, leaf = path.rpartition("/")
   if leaf not in LEAVES:
@@ -132,8 +134,8 @@ def _entry(path: str, shape: tuple[int, ...], config: ModelConfig) -> Entry | No
     numbers = range(first, config.mq_former.layers, config.mq_former.cross_attention_frequency)
     names = tuple(f"{BERT}.encoder.layer.{n}.{LAYER[inner]}.{suffix}" for n in numbers) if inner in LAYER else ()
   elif match := re.fullmatch(rf"{VISION}/stack/blocks/(.*)", module):
-    theirs = f"attn.in_proj_{suffix}" if match[1] in _THIRDS else f"{CLIP_BLOCK[match[1]]}.{suffix}"
-    form = _THIRDS.get(match[1], form)
+    theirs = f"attn.in_proj_{suffix}" if match[1] in THIRDS else f"{CLIP_BLOCK[match[1]]}.{suffix}"
+    form = THIRDS.get(match[1], form)
     names = tuple(f"{CLIP}.transformer.resblocks.{n}.{theirs}" for n in range(config.vision.layers))
   else:
     names = ()

@@ -1,9 +1,13 @@
-"""Reads the tensors of a weight file one by one, when asked for: PyTorch's .pth and .bin, .safetensors, or a Hugging
-Face directory with either one .safetensors file or shards and their index. No pickled code is ever run.
+"""Reads the tensors of a weight file one by one, or parts of them, when asked for: PyTorch's .pth and .bin, .safetensors,
+or a Hugging Face directory with one file of either kind, or shards and their index. No pickled code is ever run.
+
+A file is mapped to memory only while a tensor is read from it: pages that were read count as this process's memory.
 """
 
 import dataclasses
+import functools
 import json
+import os
 import pickle
 from collections.abc import Callable
 
@@ -15,52 +19,94 @@ from etils import epath
 from refiner_export.settings import UserError, require
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_LAYOUTS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))  # of a directory; the first counts
+Index = tuple[slice, ...]
 _REMEDY = "Download or save it again"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor that still lies in its file, where it is called `name`; `read` fetches it."""
+  """A tensor that still lies in its file, where it is called `name`; `fetch` reads a part of it from there."""
   name: str
   shape: tuple[int, ...]
-  read: Callable[[], np.ndarray]
+  fetch: Callable[[Index], np.ndarray]
+
+  def read(self, index: Index | None = None) -> np.ndarray:
+    """The tensor, or the part of it that `index`, a slice per axis, selects; nothing else is read."""
+    return self.fetch((slice(None),) * len(self.shape) if index is None else index)
 
 
 def holds_weights(path: epath.Path) -> bool:
   """Whether `read_tensors` would read this path, a file or a directory."""
-  return path.is_file() or (path / SINGLE).exists() or (path / INDEX).exists()
+  return path.is_file() or any((path / name).exists() for layout in _LAYOUTS for name in layout)
 
 
 def read_tensors(path: epath.Path) -> dict[str, Tensor]:
   """All tensors by name. Raises `UserError` for a file that is broken, or that holds anything but tensors."""
-  if (path / INDEX).exists():
-    return _read_shards(path)
   if path.is_dir():
-    return _read_safetensors(path / SINGLE)
+    for single, index in _LAYOUTS:
+      if (path / index).exists():
+        return _read_shards(path, index)
+      if (path / single).exists():
+        return _read_file(path / single)
+    raise UserError(f"{path} has no weights in it: none of {', '.join(name for layout in _LAYOUTS for name in layout)}")
+  return _read_file(path)
+
+
+def _read_file(path: epath.Path) -> dict[str, Tensor]:
   return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def _read_safetensors(path: epath.Path) -> dict[str, Tensor]:
+  def fetch(name: str, index: Index) -> np.ndarray:
+    with safetensors.safe_open(path, framework="numpy") as file:
+      return np.asarray(file.get_slice(name)[index])
+
   try:
-    file = safetensors.safe_open(path, framework="numpy")
+    with safetensors.safe_open(path, framework="numpy") as file:
+      return {name: Tensor(name, tuple(file.get_slice(name).get_shape()), functools.partial(fetch, name))
+              for name in file.keys()}
   except (safetensors.SafetensorError, OSError) as error:
     raise UserError(f"{path} is not a whole .safetensors file ({_first_line(error)}). {_REMEDY}") from None
-  return {name: Tensor(name, tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name))
-          for name in file.keys()}
 
 
-def _read_shards(directory: epath.Path) -> dict[str, Tensor]:
+def _read_shards(directory: epath.Path, index: str) -> dict[str, Tensor]:
   try:
-    shard_of = json.loads((directory / INDEX).read_text())["weight_map"]
+    shard_of = dict(json.loads((directory / index).read_text())["weight_map"])
+    names = sorted(set(shard_of.values()))
   except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{directory / INDEX} is not an index of shards ({_first_line(error)}). {_REMEDY}") from None
-  shards = {name: _read_safetensors(directory / name) for name in sorted(set(shard_of.values()))}
+    raise UserError(f"{directory / index} is not an index of shards ({_first_line(error)}). {_REMEDY}") from None
+  for name in names:
+    plain = isinstance(name, str) and epath.Path(name).name == name and name not in ("", ".", "..")
+    require(plain, f"{directory / index} names {name!r}, which is not a file beside it: nothing outside the directory is "
+                   "read")
+  shards = {name: _read_file(directory / name) for name in names}
   for name, shard in shard_of.items():
-    require(name in shards[shard], f"{directory / shard} has no tensor {name}, which {INDEX} places there. {_REMEDY}")
+    require(name in shards[shard], f"{directory / shard} has no tensor {name}, which {index} places there. {_REMEDY}")
+  for shard, tensors in shards.items():
+    for name in tensors:
+      require(name in shard_of, f"{directory / shard} has a tensor {name}, which {index} does not list. {_REMEDY}")
   return {name: shards[shard][name] for name, shard in shard_of.items()}
 
 
 def _read_torch(path: epath.Path) -> dict[str, Tensor]:
+  try:
+    stat = os.stat(path)
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({_first_line(error)}). {_REMEDY}") from None
+  version = (stat.st_size, stat.st_mtime_ns)
+
+  def fetch(name: str, index: Index) -> np.ndarray:
+    tensor = _load_torch(path, version)[name].detach()[index]
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+  return {name: Tensor(name, tuple(tensor.shape), functools.partial(fetch, name))
+          for name, tensor in _load_torch(path, version).items()}
+
+
+@functools.lru_cache(maxsize=1)  # to find where the tensors lie takes long, so the file that was read last stays mapped
+def _load_torch(path: epath.Path, version: tuple) -> dict:
+  """The mapped tensors of a file; `version` changes when the file does."""
   try:
     import torch
   except ImportError:
@@ -76,9 +122,7 @@ def _read_torch(path: epath.Path) -> dict[str, Tensor]:
   state = state.get("model", state) if isinstance(state, dict) else state  # LAVIS puts the optimizer and more beside it
   require(isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()),
           f"{path} is not a dictionary of tensors, nor has one under 'model'. Save the model's state_dict()")
-  numbers = lambda tensor: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-  return {name: Tensor(name, tuple(tensor.shape), lambda tensor=tensor: numbers(tensor.detach()))
-          for name, tensor in state.items()}
+  return state
 
 
 def _first_line(error: Exception) -> str:

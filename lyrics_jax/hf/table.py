@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
-from lyrics_jax.hf.read import Tensor
+from lyrics_jax.hf.read import Index, Tensor
 from refiner_export.settings import require
 
 Shape = tuple[int, ...]
@@ -18,13 +18,30 @@ UNKNOWN = "unknown"
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """How an array of ours lies in a file: `shape` is its shape there, `take` gets ours from what lies there."""
+  """How an array of ours lies in a file: `shape` is its shape there, `take` gets ours from what lies there.
+
+  Where `shape` only reorders axes, so does `take`, and parts of the array can be read.
+  """
   shape: Callable[[Shape], Shape]
   take: Callable[[np.ndarray], np.ndarray]
+
+  def order(self, dimensions: int) -> tuple[int, ...] | None:
+    """Which axis of ours each axis in the file is; None where it is more than a reordering of axes."""
+    ours = tuple(range(2, 2 + dimensions))  # sizes that tell the axes apart
+    theirs = self.shape(ours)
+    return tuple(ours.index(size) for size in theirs) if sorted(theirs) == list(ours) else None
 
 
 PLAIN = Form(lambda shape: shape, lambda a: a)
 TRANSPOSED = Form(lambda shape: shape[::-1], lambda a: a.T)
+FIRST = Form(lambda shape: (1, *shape), lambda a: a[0])  # behind an axis of length 1
+PATCH = Form(lambda shape: (shape[1], 3, *[math.isqrt(shape[0] // 3)] * 2),  # [D, 3, p, p] <-> [p * p * 3, D]
+             lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]))
+# One tensor holds the kernels, another the biases, of query, key and value below each other.
+THIRDS = {name: Form(lambda shape: (3 * shape[-1], *shape[:-1]), lambda a, n=n: np.split(a, 3)[n].T)
+          for n, name in enumerate("qkv")}
+LEAVES = {"kernel": ("weight", TRANSPOSED), "embedding": ("weight", PLAIN), "scale": ("weight", PLAIN),
+          "bias": ("bias", PLAIN)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +63,38 @@ class Entry:
       return there[0] <= expected[0] and there[1:] == expected[1:]
     return there == expected
 
-  def read(self, tensors: Mapping[str, Tensor]) -> np.ndarray:
-    values = [self.form.take(tensors[name].read()) for name in self.names]
-    return np.stack(values) if self.stacked else values[0]
+  def read(self, tensors: Mapping[str, Tensor], index: Index | None = None, dtype: np.dtype | None = None):
+    """Ours, or the part of it that `index`, a slice per axis of ours, selects, in this dtype or in the file's.
+
+    One layer is in memory at a time besides the result, and of it only what `index` selects (see `Form.order`).
+    """
+    index = (slice(None),) * (len(self.shape) + self.stacked) if index is None else index
+    if not self.stacked:
+      value = self._read_one(tensors[self.names[0]], index)
+      return value if dtype is None else value.astype(dtype)
+    names, result = self.names[index[0]], None
+    for place, name in enumerate(names):
+      value = self._read_one(tensors[name], index[1:])
+      if result is None:
+        result = np.empty((len(names), *value.shape), value.dtype if dtype is None else dtype)
+      result[place] = value
+    return result
+
+  def _read_one(self, tensor: Tensor, index: Index) -> np.ndarray:
+    order = self.form.order(len(index))
+    if order is None:
+      return self.form.take(tensor.read())[index]
+    return self.form.take(tensor.read(tuple(index[axis] for axis in order)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Made(Entry):
+  """A parameter of ours that no file has: `value` is what stands in its place in the source's model."""
+  value: np.ndarray | None = None
+
+  def read(self, tensors: Mapping[str, Tensor], index: Index | None = None, dtype: np.dtype | None = None):
+    value = self.value if index is None else self.value[index]
+    return value if dtype is None else value.astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +128,48 @@ def part(path: str) -> str:
   return "/".join(parts[:2] if parts[0] == "mq_former" else parts[:1])
 
 
-def assemble(source: str, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry], required: frozenset[str],
-             remedy: Callable[[str, Shape, Shape], str]) -> dict[str, np.ndarray]:
-  """Reads our parameters from the tensors of `source`. Everything is checked before anything is read.
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """What weight files have for a model, still lying in them.
+
+  `entries`: by our path, checked to fit the tensors, which are by the names that the entries give them. `left_over`: as in
+  `Found`.
+  """
+  name: str
+  tensors: Mapping[str, Tensor]
+  entries: Mapping[str, Entry]
+  left_over: Mapping[str, list[str]]
+
+  def shape(self, path: str) -> Shape:
+    """The shape in which `read` gives our parameter: ours, or with fewer rows."""
+    entry = self.entries[path]
+    if entry.fewer_rows:
+      return (self.tensors[entry.names[0]].shape[0], *entry.shape[1:])
+    return (len(entry.names), *entry.shape) if entry.stacked else entry.shape
+
+  def read(self, path: str, index: Index | None = None, dtype: np.dtype | None = None) -> np.ndarray:
+    """As `Entry.read`, of our parameter with this path."""
+    return self.entries[path].read(self.tensors, index, dtype)
+
+  def found(self) -> Found:
+    """Everything, read."""
+    return Found({path: self.read(path) for path in self.entries}, self.left_over)
+
+
+def account(source: str, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry], required: Callable[[str], bool],
+            remedy: Callable[[str, Shape, Shape], str], reasons: Mapping[str, str]) -> Source:
+  """Checks that our parameters can be made of the tensors of `source`, and says what becomes of the other tensors.
 
   Args:
     entries: by our path. Those of a part (see `part`) are all there or none of them; `required` parts must be.
     remedy: (our path, the tensor's shape, the shape needed) -> what a person should do when these differ.
+    reasons: why a tensor is left over -> pattern of such names; of several that fit the last one counts.
+
+  Raises:
+    UserError: a tensor is missing or has another shape.
   """
   present = {part(path) for path, entry in entries.items() if any(name in tensors for name in entry.names)}
-  wanted = {path: entry for path, entry in entries.items() if part(path) in present | required}
+  wanted = {path: entry for path, entry in entries.items() if part(path) in present or required(part(path))}
   missing = [name for entry in wanted.values() for name in entry.names if name not in tensors]
   require(not missing, f"{source}: tensor {next(iter(missing), '')} is missing ({len(missing)} in all); the file is not "
                        f"complete, save or download it again")
@@ -101,4 +179,10 @@ def assemble(source: str, tensors: Mapping[str, Tensor], entries: Mapping[str, E
       expected = entry.form.shape(entry.shape)
       require(entry.fits(tensor.shape), f"{source}: tensor {tensor.name} has shape {tensor.shape}, this model needs "
                                         f"{expected}; {remedy(path, tensor.shape, expected)}")
-  return {path: entry.read(tensors) for path, entry in wanted.items()}
+  used = {name for entry in wanted.values() for name in entry.names}
+  left_over = {}
+  for name, tensor in tensors.items():
+    if name not in used:
+      reason = next((reason for reason, pattern in reversed(reasons.items()) if re.fullmatch(pattern, name)), UNKNOWN)
+      left_over.setdefault(reason, []).append(tensor.name)
+  return Source(source, tensors, wanted, left_over)

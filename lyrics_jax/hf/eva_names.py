@@ -1,0 +1,36 @@
+"""BLIP-2's ViT-g (config.model.vision.kind = "eva") as Hugging Face names it: `Blip2VisionModel`, below `vision_model`."""
+
+from lyrics_jax.config import VisionConfig
+from lyrics_jax.hf.table import FIRST, LEAVES, PATCH, PLAIN, THIRDS, Entry, Form
+
+PREFIX = "vision_model."
+SIZES = {"image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size", "layers": "num_hidden_layers",
+         "heads": "num_attention_heads", "mlp_dim": "intermediate_size", "norm_eps": "layer_norm_eps"}
+FIXED = {"hidden_act": "gelu", "qkv_bias": True}
+_OURS = "perception/vision/"
+_PARAMETERS = {
+    "patch/kernel": (f"{PREFIX}embeddings.patch_embedding.weight", PATCH),
+    "patch/bias": (f"{PREFIX}embeddings.patch_embedding.bias", PLAIN),
+    "class_token": (f"{PREFIX}embeddings.class_embedding", Form(lambda shape: (1, 1, *shape), lambda a: a[0, 0])),
+    "positions": (f"{PREFIX}embeddings.position_embedding", FIRST),
+}
+_LAYER = {"attention_norm": "layer_norm1", "o": "self_attn.projection", "mlp_norm": "layer_norm2", "up": "mlp.fc1",
+          "down": "mlp.fc2"}
+
+
+def entry(path: str, shape: tuple[int, ...], config: VisionConfig) -> Entry:
+  """Which tensors make up the image encoder's parameter `path`."""
+  inner = path.removeprefix(_OURS)
+  if inner in _PARAMETERS:
+    name, form = _PARAMETERS[inner]
+    return Entry((name,), form, shape)
+  module, leaf = inner.removeprefix("stack/blocks/").split("/")
+  suffix, form = LEAVES[leaf]
+  theirs, form = ("self_attn.qkv", THIRDS[module]) if module in THIRDS else (_LAYER[module], form)
+  names = tuple(f"{PREFIX}encoder.layers.{n}.{theirs}.{suffix}" for n in range(config.layers))
+  return Entry(names, form, shape[1:], stacked=True)
+
+
+def image_norm(name: str) -> str:
+  """The norm behind the blocks is LAVIS' `ln_vision`, and ours of the image tokens."""
+  return name.replace(f"{PREFIX}post_layernorm.", "ln_vision.")

@@ -1,0 +1,121 @@
+"""Hugging Face weights to a directory that a run starts from: config.json, frozen parameters, the trained ones as step 0.
+
+What the sources have is loaded, everything else is initialised as a run would, and no tensor of a source is left over
+without a reason. Frozen parameters must all come from somewhere.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from lyrics_jax.config import Config
+from lyrics_jax.hf import blip2, clip_names, exported, llama_names, ziya
+from lyrics_jax.hf.stream import place, write_all
+from lyrics_jax.hf.table import UNKNOWN, Found, Source, part
+from lyrics_jax.stages import make_stage
+from lyrics_jax.training.checkpoint import Checkpoints
+from lyrics_jax.training.parameters import ParameterPlan
+from lyrics_jax.training.sharding import make_mesh
+from refiner_export.settings import existing_path, require
+
+SOURCES: Mapping[str, Callable[..., Source]] = {
+    "clip": clip_names.find, "llama": llama_names.find, "blip2": blip2.find, "ziya": ziya.find, "lyrics": exported.find}
+REFINER = "refiner"  # directory of the refiner's weights inside the written one, where a source has them
+
+
+def convert(config: Config, paths: Mapping[str, str], output: str) -> None:
+  """Writes the new directory `output`, all or nothing, and logs where every part comes from.
+
+  Args:
+    config: of the run that will start from it; parameters are laid out on its mesh.
+    paths: kind of source, a key of `SOURCES`, -> file or directory. What two sources have is taken from the first.
+    output: for `config.init_from`.
+
+  Raises:
+    UserError: a source is not whole, does not fit `config`, or has unknown tensors; or a frozen parameter has no source.
+  """
+  # --- what there will be: everything abstract first ---
+  require(bool(paths), f"nothing to convert: name one or more of {', '.join(f'--{kind}' for kind in SOURCES)}")
+  require(jax.process_count() == 1, "weights are converted by one process: run this on one machine")
+  target = epath.Path(output)
+  require(not target.exists(), f"{output} already exists: remove it, or name another directory")
+  config = _stored(config, output)
+  mesh, plan = make_mesh(config.mesh), ParameterPlan.of(make_stage(config))
+  shardings = plan.shardings(mesh)
+
+  # --- what the sources have for it ---
+  remedy = "Name a file of weights or a Hugging Face directory"
+  sources = [SOURCES[kind](existing_path(path, f"--{kind}", remedy), config.model, plan.shapes)
+             for kind, path in paths.items()]
+  for source in sources:
+    unknown = source.left_over.get(UNKNOWN, [])
+    require(not unknown, f"{source.name}: unexpected tensor {next(iter(unknown), '')} ({len(unknown)} in all): these are "
+                         "not the weights of such a model alone")
+  origin = {path: source for source in reversed(sources) for path in source.entries}
+  at_random = sorted({part(path) for path in plan.paths(trained=False) if path not in origin})
+  require(not at_random, f"frozen, and no source has it: {', '.join(at_random)}. Add --clip or --llama with its weights")
+  whole = {path for path, source in origin.items() if source.shape(path) == plan.shapes[path].shape}
+
+  # --- write ---
+  with jax.set_mesh(mesh), _all_or_nothing(target) as directory:
+    fresh = plan.fresh(mesh, config.seed, [path for path in plan.shapes if path not in whole])
+
+    def make(path: str) -> jax.Array:
+      if path in whole:
+        return place(origin[path], path, plan.shapes[path], shardings[path])
+      if path in origin:  # its first rows
+        value = origin[path].read(path, dtype=fresh[path].dtype)
+        return jax.device_put(fresh[path].at[:len(value)].set(value), shardings[path])
+      return fresh[path]
+
+    of = lambda trained: {path: plan.shapes[path] for path in plan.paths(trained)}
+    write_all(_step_0(directory) / "parameters", of(True), make)
+    if plan.paths(trained=False):
+      write_all(directory / "frozen", of(False), make)
+    (directory / "config.json").write_text(config.to_json())
+    if "ziya" in paths:
+      ziya.write_refiner(epath.Path(paths["ziya"]), directory / REFINER)
+  loaded = {path: jax.ShapeDtypeStruct(source.shape(path), plan.shapes[path].dtype) for path, source in origin.items()}
+  left_over = {f"{source.name}, {reason}": names for source in sources for reason, names in source.left_over.items()}
+  logging.info("parameters from %s\n%s", ", ".join(paths.values()), Found(loaded, left_over).report(plan.shapes))
+  logging.info("written: %s, for config.init_from", output)
+
+
+def _stored(config: Config, output: str) -> Config:
+  """The configuration that describes what is stored: int8 is made of it when a run starts."""
+  model = config.model
+  if model.frozen_dtype == "int8":
+    model = dataclasses.replace(model, frozen_dtype="bfloat16")
+  config = dataclasses.replace(config, output=output, init_from="", model=model)
+  config.finalize()
+  return config
+
+
+def _step_0(output: epath.Path) -> epath.Path:
+  """The directory of a checkpoint that lacks nothing but its parameters: what else belongs there Orbax has written."""
+  checkpoints = Checkpoints(str(output))
+  checkpoints.manager.save(0, args=ocp.args.Composite(parameters=ocp.args.StandardSave({"": np.zeros(1)})))
+  checkpoints.close()
+  step = output / "checkpoints" / "0"
+  (step / "parameters").rmtree()
+  return step
+
+
+@contextlib.contextmanager
+def _all_or_nothing(target: epath.Path) -> Iterator[epath.Path]:
+  """A directory beside the target that takes its name once everything is in it, and is gone after an error."""
+  temporary = target.absolute().with_name(f".{target.name}.partial")
+  temporary.rmtree(missing_ok=True)
+  temporary.mkdir(parents=True)
+  try:
+    yield temporary
+    temporary.rename(target.absolute())
+  except BaseException:
+    temporary.rmtree(missing_ok=True)
+    raise

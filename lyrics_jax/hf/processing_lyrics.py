@@ -1,0 +1,307 @@
+"""Pictures, what the visual refiner found in them, and texts, as the tensors that the Lyrics models read.
+
+The tokens and pixels are those of training, for a picture seen whole. Two tokenizers are at work: LLaMA's for
+conversations and a BERT-style one for the MQ-Former. The template of a conversation is Vicuna v1.1's, its pieces
+tokenised one by one:
+
+  {system} USER: <image>\\n{objects}\\n{question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+
+VISIBLE_SHARE = 0.3  # a box of which less than this share lies in the picture is left out
+Object = tuple[str, np.ndarray]  # tag and box, (4,) xyxy in [0, 1]
+IGNORED = -100  # label of a token that is not trained
+NO_SLOT = -1  # image_slot of a token that is text
+
+_NOT_SETTINGS = ("processor_class", "auto_map", "chat_template")  # what else processor_config.json may hold
+_MARKERS = ("<br>", "</br>", "<T>", "</T>", "<Bbox>", "</Box>")  # of the spatial representation
+_PLACEHOLDER = re.compile(r"<box (\d+)>")
+_NUMBER = r"\s*(\d+\.\d*|\.\d+|\d+)\s*"
+_CORNERS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)")
+
+
+def _no(width: int):
+  """A field without rows."""
+  return dataclasses.field(default_factory=lambda: np.zeros((0, width), np.float32))
+
+
+@dataclasses.dataclass
+class RefinerFeatures:
+  """What the visual refiner found in one picture: K objects, N detector rows, W features wide; float32 arrays.
+
+  Any object with these attributes will do, such as a record of `refiner_export`, whose `image` is then the picture.
+  """
+  tags: Sequence[str] = ()                    # K, lower case
+  boxes: np.ndarray = _no(4)                  # (K, 4) xyxy in [0, 1] of the picture, best score first
+  mask_features: np.ndarray = _no(256)        # (K, W), of the segmenter
+  detection_features: np.ndarray = _no(256)   # (N, W), best score first
+  detection_boxes: np.ndarray = _no(4)        # (N, 4) cxcywh in [0, 1] of the picture
+  text_boxes: np.ndarray = _no(4)             # (M, 4) xyxy, what `<box K>` in a text means
+
+
+class LyricsProcessor(ProcessorMixin):
+  """See the module's docstring; `__call__` makes batches, `answers` reads what `generate` returned.
+
+  Args:
+    tokenizer: the language model's; None for `LyricsForAlignment`.
+    mq_former_tokenizer: the MQ-Former's.
+    settings: what processor_config.json holds: sizes, lengths in tokens, and which texts go where.
+  """
+
+  def __init__(self, tokenizer: PreTrainedTokenizerFast | None, mq_former_tokenizer: PreTrainedTokenizerFast,
+               **settings):
+    self.tokenizer, self.mq_former_tokenizer, self.chat_template = tokenizer, mq_former_tokenizer, None
+    self.settings = settings
+    ids = mq_former_tokenizer.convert_tokens_to_ids
+    self._pad, self._cls, self._sep = ids(["[PAD]", "[CLS]", "[SEP]"])
+    self._bos, self._dec, self._mlm = ids(["[BOS]", "[DEC]", "[MLM]"])
+    self._markers = ids(list(_MARKERS))
+
+  @classmethod
+  def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    settings, kwargs = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+    settings = {name: value for name, value in settings.items() if name not in _NOT_SETTINGS}
+    kwargs.pop("trust_remote_code", None)
+    load = lambda **where: PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **where, **kwargs)
+    return cls(load() if "llm_length" in settings else None, load(subfolder="mq_former_tokenizer"), **settings)
+
+  def save_pretrained(self, save_directory, **kwargs):
+    os.makedirs(save_directory, exist_ok=True)
+    if self.tokenizer is not None:
+      self.tokenizer.save_pretrained(save_directory)
+    self.mq_former_tokenizer.save_pretrained(os.path.join(save_directory, "mq_former_tokenizer"))
+    with open(os.path.join(save_directory, "processor_config.json"), "w", encoding="utf-8") as file:
+      json.dump(self.to_dict(), file, indent=2)
+
+  def to_dict(self) -> dict:
+    return {"processor_class": "LyricsProcessor", "auto_map": {"AutoProcessor": "processing_lyrics.LyricsProcessor"},
+            **self.settings}
+
+  def __repr__(self) -> str:
+    return f"LyricsProcessor({self.settings})"
+
+  def __call__(self, images=None, text=None, refined=None, return_tensors: str = "pt", **kwargs) -> BatchFeature:
+    """A batch of B pictures with their texts; single ones make a batch of one.
+
+    Args:
+      images: PIL image, uint8 array (height, width, 3) or the bytes of a picture file, or B of them. None, also in a
+        list, is the picture that `refined` brings along, or no picture.
+      text: B texts. For a conversation a question, or a sequence of question, answer, question, ...; where the last one
+        is an answer there are `labels`. For `LyricsForAlignment` a caption. May hold `<box K>`, K counting the
+        `text_boxes` of `refined`.
+      refined: `RefinerFeatures` or the like, or B of them; None, also in a list, where the refiner found nothing.
+
+    Returns, all as tensors:
+      pixel_values: float32[B, 3, S, S], CLIP's normalisation; a picture is squeezed to a square, so that its boxes keep
+        their coordinates.
+      detection, masks: float32[B, N, W + 4] and [B, M, W + 4], features and boxes (cxcywh); detection_mask, masks_mask:
+        bool[B, N] and [B, M], False on padding.
+      spatial_ids, spatial_mask: int64 and bool [B, Ts], `[BOS]` and the spatial representation.
+      Of a conversation: input_ids, attention_mask, image_slot (int64[B, T], padded at the left), labels, and
+        instruction_ids, instruction_mask [B, Ti]: `[CLS]` first question `[SEP]`.
+      For `LyricsForAlignment`: caption_ids, caption_mask [B, Tc]: `[CLS]` caption `[SEP]`; icg_ids, msp_ids: caption
+        and spatial representation with `[DEC]` and `[MLM]` in front.
+    """
+    if return_tensors != "pt":
+      raise ValueError(f"return_tensors={return_tensors!r}: the Lyrics models read PyTorch's tensors, 'pt'")
+    texts = [text] if isinstance(text, str) else list(text)
+    count = len(texts)
+    images, refined = (list(some) if isinstance(some, (list, tuple)) else [some] * count for some in (images, refined))
+    if not len(images) == len(refined) == count:
+      raise ValueError(f"{count} texts, {len(images)} images and {len(refined)} refined: give one of each, or the same "
+                       "one for all of them")
+    examples = [self._example(*each) for each in zip(images, texts, refined)]
+    if len({"labels" in example for example in examples}) > 1:
+      raise ValueError("text: in a batch, all of the conversations end with a question, or all with an answer")
+    return BatchFeature({name: self._collate(name, [example[name] for example in examples]) for name in examples[0]})
+
+  def answers(self, generated: torch.Tensor, input_ids: torch.Tensor) -> list[str]:
+    """The texts that `generate` put behind the prompts `input_ids`, [B, T]."""
+    said = self.tokenizer.batch_decode(generated[:, input_ids.shape[1]:], skip_special_tokens=True)
+    return [answer.strip() for answer in said]
+
+  @staticmethod
+  def boxes(answer: str) -> np.ndarray:
+    """Boxes written in an answer, float32 (n, 4), xyxy in [0, 1] of the picture; malformed ones are left out."""
+    boxes = [[float(number) if "." in "".join(corners) else float(number) / 1000 for number in corners]
+             for corners in _CORNERS.findall(answer)]
+    return np.clip(np.array(boxes, np.float32).reshape(-1, 4), 0, 1)
+
+  def _example(self, image, text, refined) -> dict[str, np.ndarray]:
+    """What `__call__` returns, for one example and without padding."""
+    settings = self.settings
+    found = RefinerFeatures() if refined is None else refined
+    image = getattr(found, "image", None) if image is None else image
+    image = None if isinstance(image, bytes) and not image else image  # a record of text alone
+    text_boxes, _ = _in_picture(found.text_boxes)
+    turns = [self._fill_boxes(turn, text_boxes) for turn in ([text] if isinstance(text, str) else text)]
+    boxes, seen = _in_picture(found.boxes)
+    detection_boxes, detected = _in_picture(_to_xyxy(found.detection_boxes))
+    objects = [(tag, box) for tag, box, visible in zip(found.tags, boxes, seen) if visible and settings["use_refiner"]]
+    example = {"pixel_values": self._pixels(image)}
+    for name, features, corners, visible in (("detection", found.detection_features, detection_boxes, detected),
+                                             ("masks", found.mask_features, boxes, seen)):
+      example |= self._local_tokens(name, features, corners, visible & settings["use_refiner"])
+    if self.tokenizer is None:
+      spatial, caption = self._encode_objects(objects), self._encode_sentence(turns[0])
+      return example | _with_mask("spatial", spatial) | _with_mask("caption", caption) | {
+          "icg_ids": [self._dec, *caption[1:]], "msp_ids": [self._mlm, *spatial[1:]]}
+    return (example
+            | _with_mask("spatial", self._encode_objects(objects if settings["spatial_to_mq_former"] else []))
+            | _with_mask("instruction", self._encode_sentence(turns[0] if settings["instruction_aware"] else ""))
+            | self._encode_conversation(turns, 0 if image is None else settings["image_tokens"], objects))
+
+  def _collate(self, name: str, rows: list) -> torch.Tensor:
+    """Rows of an input of this name, ragged in their first axis, as one tensor."""
+    if name == "pixel_values":
+      return torch.from_numpy(np.stack(rows))
+    rows = [torch.from_numpy(np.asarray(row)) for row in rows]
+    conversation = name in ("input_ids", "attention_mask", "labels", "image_slot")
+    fill = {"labels": IGNORED, "image_slot": NO_SLOT}.get(name, 0)
+    if name.endswith("_ids"):
+      fill = self.tokenizer.pad_token_id if conversation else self._pad
+    # An answer is written behind its prompt, so prompts end together.
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill,
+                                           padding_side="left" if conversation else "right")
+
+  # --- pictures and local tokens ---
+
+  def _pixels(self, image) -> np.ndarray:
+    """float32 (3, S, S). Pillow's bicubic on whole pixel values, as in training and in CLIP's own preprocessing."""
+    size, mean, std = (self.settings[name] for name in ("image_size", "image_mean", "image_std"))
+    if image is None:
+      seen = np.zeros((size, size, 3), np.uint8)
+    else:
+      if isinstance(image, bytes):
+        image = Image.open(io.BytesIO(image))
+      image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+      seen = np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    pixels = (seen.astype(np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+  def _local_tokens(self, name: str, features: np.ndarray, boxes: np.ndarray, seen: np.ndarray) -> dict:
+    """The first rows of features with their boxes, blank where not `seen`; at least one row."""
+    limit = self.settings[{"detection": "detection_rows", "masks": "mask_rows"}[name]]
+    width = self.settings["feature_width"]
+    features, boxes, seen = features[:limit], boxes[:limit], seen[:limit]
+    if len(features) and features.shape[1] != width:
+      raise ValueError(f"{name}: features are {features.shape[1]} wide, this model reads {width}: give those of the "
+                       "refiner that it was trained with")
+    tokens, mask = np.zeros((max(len(features), 1), width + 4), np.float32), np.zeros(max(len(features), 1), bool)
+    mask[:len(seen)] = seen
+    centres = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
+    tokens[mask] = np.concatenate([features, centres], axis=1)[seen] if len(features) else 0
+    return {name: tokens, f"{name}_mask": mask}
+
+  # --- texts ---
+
+  def _box(self, box: np.ndarray) -> str:
+    thousandths = [round(min(max(float(value), 0.0), 1.0) * 1000) for value in box]
+    if self.settings["coordinates"] == "integer":
+      return "({},{}),({},{})".format(*(min(value, 999) for value in thousandths))
+    return "({:.3f},{:.3f}),({:.3f},{:.3f})".format(*(value / 1000 for value in thousandths))
+
+  def _encode_objects(self, objects: list[Object]) -> list[int]:
+    """`[BOS]` and as many whole objects as fit."""
+    open_object, close_object, open_tag, close_tag, open_box, close_box = self._markers
+    encode = lambda text: self.mq_former_tokenizer.encode(text, add_special_tokens=False)
+    ids = [self._bos]
+    for tag, box in objects:
+      added = [open_object, open_tag, *encode(tag), close_tag,
+               open_box, *encode(self._box(box)), close_box, close_object]
+      if len(ids) + len(added) > self.settings["spatial_length"]:
+        break
+      ids += added
+    return ids
+
+  def _encode_sentence(self, text: str) -> list[int]:
+    ids = self.mq_former_tokenizer.encode(text, add_special_tokens=False)
+    return [self._cls, *ids[:self.settings["caption_length"] - 2], self._sep]
+
+  def _encode_conversation(self, turns: list[str], image_tokens: int, objects: list[Object]) -> dict:
+    """input_ids, attention_mask, image_slot, and labels where the last turn is an answer; those may lose their end."""
+    length, eos = self.settings["llm_length"], self.tokenizer.eos_token_id
+    before, after = self._first_question(turns[0], image_tokens, objects)
+    asked = [before + [self.tokenizer.pad_token_id] * image_tokens + after]
+    asked += [self._encode(f"USER: {text} ASSISTANT:") for text in turns[2::2]]
+    answered = [self._encode(text) + [eos] for text in turns[1::2]]
+    pairs = list(itertools.zip_longest(asked, answered, fillvalue=[]))
+    if len(asked) == len(answered):  # for training
+      ends = np.cumsum([len(question) + len(answer) for question, answer in pairs])
+      whole = int(np.searchsorted(ends, length, side="right"))
+      question, answer = pairs[0]
+      pairs = pairs[:whole] or [(question, answer[:max(length - len(question), 1)])]
+    ids = [token for question, answer in pairs for token in question + answer]
+    if len(ids) > length:
+      raise ValueError(f"the prompt {turns[0][:40]!r} takes {len(ids)} tokens, there is room for {length}: shorten it")
+    slot = np.full(len(ids), NO_SLOT)
+    slot[len(before):len(before) + image_tokens] = np.arange(image_tokens)
+    encoded = {"input_ids": ids, "attention_mask": np.ones(len(ids), np.int64), "image_slot": slot}
+    if len(asked) == len(answered):
+      encoded["labels"] = [label for question, answer in pairs for label in [IGNORED] * len(question) + answer]
+    return encoded
+
+  def _first_question(self, question: str, image_tokens: int, objects: list[Object]) -> tuple[list[int], list[int]]:
+    """Ids before and after the picture; behind it the objects that fit in half of the room, those asked about first."""
+    system, length = self.settings["system_message"], self.settings["llm_length"]
+    bos = self.tokenizer.bos_token_id
+    if not image_tokens:
+      return [bos, *self._encode(f"{system} USER: {question} ASSISTANT:")], []
+    before = [bos, *self._encode(f"{system} USER: ")]
+    encode = lambda spatial: self._encode(f"\n{spatial}{question} ASSISTANT:")
+    after = encode("")
+    if not self.settings["spatial_to_llm"]:
+      return before, after
+    named = sorted(objects, key=lambda thing: re.search(rf"\b{re.escape(thing[0])}\b", question.lower()) is None)
+    texts = [f"<br><T> {tag} </T>{self._reference(box)}</br>" for tag, box in named]
+    room = min((length - image_tokens) // 2, length - image_tokens - len(before) - len(after) - 1)
+    count = int(np.searchsorted(np.cumsum([len(self._encode(text)) for text in texts]), room, side="right"))
+    while count:
+      with_objects = encode("".join(texts[:count]) + "\n")
+      if len(with_objects) - len(after) <= room:
+        return before, with_objects
+      count -= 1
+    return before, after
+
+  def _encode(self, text: str) -> list[int]:
+    return self.tokenizer.encode(text, add_special_tokens=False)
+
+  def _reference(self, box: np.ndarray) -> str:
+    return f"<Bbox> {self._box(box)} </Box>"
+
+  def _fill_boxes(self, text: str, boxes: np.ndarray) -> str:
+    """`<box K>` written out."""
+    for index in map(int, _PLACEHOLDER.findall(text)):
+      if index >= len(boxes):
+        raise ValueError(f"the text {text[:60]!r} refers to <box {index}>, but there are {len(boxes)} text_boxes")
+    return _PLACEHOLDER.sub(lambda match: self._reference(boxes[int(match[1])]), text)
+
+
+def _with_mask(name: str, ids: list[int]) -> dict:
+  return {f"{name}_ids": ids, f"{name}_mask": np.ones(len(ids), bool)}
+
+
+def _to_xyxy(boxes: np.ndarray) -> np.ndarray:
+  return np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
+
+
+def _in_picture(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """float32 (n, 4) xyxy, clipped to the picture, and bool (n,), True where enough of the box lies in it."""
+  boxes = np.asarray(boxes, np.float32)
+  clipped = np.clip(boxes, 0, 1)
+  area, remaining = (np.prod(np.maximum(some[:, 2:] - some[:, :2], 0), axis=1) for some in (boxes, clipped))
+  centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+  inside = ((centre >= 0) & (centre <= 1)).all(axis=1)
+  return clipped, np.where(area > 0, remaining >= VISIBLE_SHARE * area, inside)
