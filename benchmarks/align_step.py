@@ -28,13 +28,13 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks.jaxpr_flops import count_flops  # noqa: E402
 from lyrics_jax.config import Config, DataConfig, ModelConfig, MQFormerConfig, RefinerConfig, VisionConfig  # noqa: E402
 from lyrics_jax.data.buckets import WINDOW, cut_to, lengths_of, sorted_batches  # noqa: E402
 from lyrics_jax.data.mq_former_text import OUTSIDE, mask_objects  # noqa: E402
 from lyrics_jax.data.padding import pad_ids  # noqa: E402
 from lyrics_jax.stages.align import Align, hard_negatives, image_text_similarity  # noqa: E402
 from lyrics_jax.models.mq_former import spatial_and_caption  # noqa: E402
+from lyrics_jax.planning.flops import count_flops  # noqa: E402
 from lyrics_jax.training.parameters import ParameterPlan  # noqa: E402
 from lyrics_jax.training.sharding import make_mesh  # noqa: E402
 

@@ -9,6 +9,8 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
+    # Eight devices share few cores: on a busy machine the last one may come late to a collective.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600", "--xla_cpu_collective_timeout_seconds=600",
     # Programs here run once or twice: the compiler's own time is what they cost.
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]).strip()
 

@@ -20,11 +20,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from lyrics_jax.config import Attention, LLMConfig
-from lyrics_jax.models.layers import ATTENTION, Array, attend
+from lyrics_jax.models.layers import ATTENTION, ROWS, Array, attend
 from refiner_export.settings import require
 
-# How `training/sharding.py` splits activations: rows over the first two mesh axes, heads over the third.
-_ROWS, _HEADS = ("data", "fsdp"), "tensor"
+_HEADS = "tensor"  # the mesh axis over which `training/sharding.py` splits heads
 _LANES = 128  # of a TPU's vector unit: a block of tokens is a multiple of it
 _LONGEST_BLOCK = 512  # tokens; longer blocks skip less of the causal triangle and need more of the fast memory
 
@@ -88,7 +87,7 @@ def _platform(mesh: AbstractMesh) -> str:
 
 def _splash_hindrance(mesh: AbstractMesh, batch: int, config: LLMConfig) -> str:
   """Why splash cannot run on this mesh; empty where it can."""
-  shards = math.prod(mesh.shape.get(axis, 1) for axis in _ROWS)
+  shards = math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
   if batch % shards:
     return f"{batch} rows do not divide over config.mesh.data x config.mesh.fsdp = {shards} devices"
   tensor = mesh.shape.get(_HEADS, 1)
@@ -111,8 +110,8 @@ def _splash(query: Array, key: Array, value: Array, segments: Array) -> Array:
   local = functools.partial(_splash_on_device, interpret=_platform(mesh) != "tpu")
   if mesh.empty:
     return local(query, key, value, segments)
-  heads = PartitionSpec(_ROWS, None, _HEADS)
-  return jax.shard_map(local, in_specs=(heads, heads, heads, PartitionSpec(_ROWS)), out_specs=heads, check_vma=False)(
+  heads = PartitionSpec(ROWS, None, _HEADS)
+  return jax.shard_map(local, in_specs=(heads, heads, heads, PartitionSpec(ROWS)), out_specs=heads, check_vma=False)(
       query, key, value, segments)  # a Pallas call does not say over which axes its result varies
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from lyrics_jax.config import Remat
 from lyrics_jax.models.quantised import quantise
@@ -23,6 +24,7 @@ lecun_normal = jax.nn.initializers.lecun_normal()
 xavier_uniform = jax.nn.initializers.xavier_uniform()
 normal = jax.nn.initializers.normal(0.02)
 
+ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
 ATTENTION = "attention"  # the name of attention's results, by which a remat policy may keep them
 
 _UNSEEN = jnp.finfo(jnp.float32).min  # in place of the score of a key that a query may not see
@@ -183,6 +185,18 @@ def split_key(key: Array | None, count: int) -> Sequence[Array | None]:
   return [None] * count if key is None else jax.random.split(key, count)
 
 
+def keep_rows(x: Array) -> Array:
+  """x: [B, ...], held to the mesh axes of the batch; without a mesh, or where they do not divide B, as it is.
+
+  Without it the compiler may let activations follow the parameters, which `fsdp` splits along the width: every device then
+  computes all rows, and each product is summed over all devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or x.ndim < 2 or x.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS):
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS))
+
+
 # What is kept of a block for its backward pass besides its input; without a policy, nothing.
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of linear maps
@@ -219,7 +233,8 @@ class Stack(nnx.Module):
     def body(step):
       def apply(carry, slices):
         block_parameters, x, block_key = slices
-        return step(nnx.merge(graph, block_parameters), carry, x, block_key)
+        carry, y = step(nnx.merge(graph, block_parameters), jax.tree.map(keep_rows, carry), x, block_key)
+        return jax.tree.map(keep_rows, carry), y
 
       return apply if remat == "none" else jax.checkpoint(apply, policy=_REMAT_POLICIES[remat], prevent_cse=False)
 

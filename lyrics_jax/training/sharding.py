@@ -10,11 +10,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lyrics_jax.config import MeshConfig
+from lyrics_jax.models.layers import ROWS
 from refiner_export.settings import require
 
 MESH_AXES = ("data", "fsdp", "tensor")
 MESH_AXIS_OF = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", None: None}
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH = PartitionSpec(ROWS)
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:

@@ -1,0 +1,69 @@
+"""Plans of the published runs on several TPU slices, as a table: python -m benchmarks.plan_table [--rows=0,2]
+
+Compiles each ahead of time (libtpu needed, no TPU), writes docs/plan_table.md and prints its figures as one JSON object on
+its last line. A row that does not fit says by how much.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from configs import align_vit_l, instruct_vicuna7b, instruct_vicuna13b
+from lyrics_jax.planning.compile import DoesNotFit, Layout, compile_step
+from lyrics_jax.planning.cost import cost_of
+from lyrics_jax.planning.report import GIB, Report
+from lyrics_jax.planning.search import changed
+from lyrics_jax.planning.topology import Target
+
+ROWS = (  # what, configuration, slice, changes
+    ("stage 2, Vicuna-13B bf16", instruct_vicuna13b, "v5e:4x4", {}),
+    ("stage 2, Vicuna-13B bf16", instruct_vicuna13b, "v5p:4x4x4", {}),
+    ("stage 2, Vicuna-13B bf16, batch 1024", instruct_vicuna13b, "v5p:4x4x4", {"batch_size": 1024}),
+    ("stage 2, Vicuna-7B int8", instruct_vicuna7b, "v5e:1x1",
+     {"mesh.fsdp": 1, "model.frozen_dtype": "int8", "optimizer.accumulate_steps": 64}),
+    ("stage 1, batch 512", align_vit_l, "v5e:4x4", {}),
+)
+HEADER = ("run", "slice", "mesh", "microbatches", "tokens per chip", "HBM per chip", "time per step", "MFU", "chip-hours", "compiled in")
+
+
+def plan(config, topology: str, changes: dict) -> Report | DoesNotFit:
+  config = changed(config, changes)
+  layout = Layout.of(config, Target.of(topology, config.mesh.slices))
+  try:
+    program = compile_step(layout)
+  except DoesNotFit as error:
+    return error
+  return Report.of(program, cost_of(program))
+
+
+def cells(name: str, topology: str, outcome: Report | DoesNotFit) -> list[str]:
+  if isinstance(outcome, DoesNotFit):
+    return [name, topology, "", "", "", f"does not fit: {outcome.used / GIB:.1f} of {outcome.capacity / GIB:.1f} GiB", "", "", "", ""]
+  return [name, topology, " x ".join(f"{axis} {size}" for axis, size in outcome.mesh.items() if size > 1) or "one chip",
+          str(outcome.accumulate_steps), f"{outcome.tokens_per_chip:,}",
+          f"{sum(outcome.hbm.values()) / GIB:.1f} of {outcome.hbm_capacity / GIB:.0f} GiB", f"{outcome.step_seconds:.3f} s",
+          f"{outcome.mfu:.1%}", f"{outcome.chip_hours:,.0f}", f"{outcome.compile_seconds:.0f} s"]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--rows", default=",".join(map(str, range(len(ROWS)))), help="numbers of the rows to compile")
+  parser.add_argument("--output", default=str(pathlib.Path(__file__).parents[1] / "docs" / "plan_table.md"))
+  arguments = parser.parse_args()
+  lines = ["# Plans of the published runs", "", "Predicted by `python -m benchmarks.plan_table`, not measured; `docs/plan.md` says what the "
+           "figures can and cannot tell.", "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
+  figures = []
+  for number in map(int, arguments.rows.split(",")):
+    name, module, topology, changes = ROWS[number]
+    print(f"{name} on {topology}", file=sys.stderr, flush=True)
+    outcome = plan(module.get_config(), topology, changes)
+    lines.append("| " + " | ".join(cells(name, topology, outcome)) + " |")
+    figures.append({"run": name, "topology": topology} | (
+        {"does_not_fit": str(outcome)} if isinstance(outcome, DoesNotFit) else outcome.to_dict()))
+    pathlib.Path(arguments.output).write_text("\n".join(lines) + "\n")
+  print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+  main()

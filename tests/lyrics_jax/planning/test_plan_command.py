@@ -1,0 +1,107 @@
+"""python -m lyrics_jax.plan as a person meets it; and the configurations of published size."""
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from lyrics_jax import plan
+from lyrics_jax.config import MeshConfig
+from lyrics_jax.planning import search
+from lyrics_jax.planning.compile import DoesNotFit
+from lyrics_jax.planning.topology import Target
+from lyrics_jax.stages import make_stage
+from lyrics_jax.training.parameters import ParameterPlan
+
+CONFIG = '''
+import sys
+sys.path.insert(0, "tests/lyrics_jax")
+import tiny
+
+def get_config():
+  config = tiny.make_config("instruct", **{changes})
+  del config.__dict__["_final"]
+  return config
+'''
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+  return subprocess.run([sys.executable, "-m", "lyrics_jax.plan", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_one_line_says_what_to_install():
+  done = run("--config", "configs/align_vit_l.py", "--topology", "v5e:4x4")
+  assert done.returncode == 2
+  assert done.stderr.splitlines()[-1] == ("error: compiling for a TPU needs libtpu, which is not installed: "
+                                          "pip install 'lyrics_jax[plan]'")
+
+
+def test_without_a_topology():
+  done = run("--config", "configs/align_vit_l.py", "--topology=")
+  assert done.returncode == 2 and "--topology is required" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("helps, said", [
+    (lambda config: config.model.remat == "full", "It fits with --config.model.remat=full"),
+    (lambda config: False, "Neither remat, more fsdp, more accumulate_steps nor int8 makes it fit: use more chips")])
+def test_a_step_that_does_not_fit(helps, said, program, target, monkeypatch, capsys, tmp_path):
+  """The compiler is replaced by a rule; what is said and the exit code are the command's own."""
+  def compile_by_rule(layout):
+    if not helps(layout.config):
+      raise DoesNotFit(20 * 2**30, 16 * 2**30)
+    return program
+
+  monkeypatch.setattr(Target, "of", lambda *_: target)
+  monkeypatch.setattr(plan, "compile_step", compile_by_rule)
+  monkeypatch.setattr(search, "compile_step", compile_by_rule)
+  with pytest.raises(SystemExit) as exit_:
+    plan.plan(tiny.make_config("instruct", mesh=MeshConfig(8, 1, 1)), target.name, str(tmp_path))
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert exit_.value.code == 1 and said in last
+  assert "needs 20.0 GiB of HBM per chip, 4.0 GiB more than the 16.0 GiB" in last
+
+
+@pytest.mark.parametrize("name, frozen, batch, steps", [
+    ("align_vit_l", 303.2, 512, 800_000), ("instruct_vicuna7b", 303.2 + 6738.4, 64, 300_000), ("instruct_vicuna13b", 303.2 + 13015.9, 64, 300_000)])
+def test_published_sizes(name, frozen, batch, steps):
+  """Frozen millions: ViT-L/14 without its last norm, LLaMA-7B and 13B (Touvron et al. 2023, table 2: 6.7B, 13.0B)."""
+  config = importlib.import_module(f"configs.{name}").get_config()
+  config.finalize()
+  assert ParameterPlan.of(make_stage(config)).count(False) / 1e6 == pytest.approx(frozen, abs=0.2)
+  assert (config.batch_size, config.steps) == (batch, steps)
+
+
+@pytest.mark.slow
+def test_plan_of_a_small_model_for_a_tpu(tmp_path):
+  pytest.importorskip("libtpu")
+  config = tmp_path / "config.py"
+  config.write_text(CONFIG.format(changes={"mesh__fsdp": 4}))
+  done = run("--config", str(config), "--topology", "v5e:2x2", "--output", str(tmp_path / "plan"))
+  assert done.returncode == 0, done.stderr
+  report = json.loads((tmp_path / "plan" / "plan.json").read_text())
+  assert report["chips"] == 4 and report["seconds"]["fusions"] > 0 and {c["axis"] for c in report["collectives"]} == {"fsdp"}
+  assert (tmp_path / "plan" / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_cycles_of_a_matrix_product_are_near_the_roofline(topology):
+  pytest.importorskip("libtpu")
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  from lyrics_jax.planning.hlo import Module
+  from lyrics_jax.planning.topology import Target
+  target, size = Target.of(topology), 4096
+  one = NamedSharding(Mesh(np.array(target.devices[:1]), ("x",)), PartitionSpec())
+  shape = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=one)
+  program = jax.jit(lambda x, w: x @ w @ w @ w @ w).lower(shape, shape).compile()
+  seconds = Module.parse(program.as_text()).cycles / target.chip.clock
+  assert seconds == pytest.approx(4 * 2 * size**3 / target.chip.flops, rel=0.25)
