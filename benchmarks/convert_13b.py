@@ -1,6 +1,6 @@
 """How much memory and time `convert from-hf` needs for a language model of Vicuna-13B's shape; prints JSON last.
 
-  python benchmarks/convert_13b.py --directory /tmp/convert [--layers 40]
+  python benchmarks/convert_13b.py --directory DIR [--layers 40]
 
 Writes random bfloat16 weights in Hugging Face's layout, shard by shard, and a small image encoder; converts them in a
 process of its own; and reports that process's peak resident memory (`getrusage`, pages of mapped files included) beside
