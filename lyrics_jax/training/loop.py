@@ -80,9 +80,9 @@ def train(config: Config) -> None:
                      len(compiled), most_shapes(config.data, lengths))
       batch = cut_to(lengths, batch)
       state, values = train_step(state, frozen, global_batch(mesh, batch), key)
-      metrics.count(_tokens(batch) * jax.process_count(), config.batch_size)
       if pending is not None:
         _finish(metrics, config, *pending)
+      metrics.count(_tokens(batch) * jax.process_count(), config.batch_size)  # after the step before was told its rates
       if evaluation.due(step):
         jax.block_until_ready(values)  # the step's own time counts as training
         with metrics.paused():

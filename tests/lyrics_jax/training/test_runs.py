@@ -76,6 +76,11 @@ def test_training_lowers_the_loss(finished):
   assert np.mean([line["loss"] for line in history[-5:]]) < np.mean([line["loss"] for line in history[:5]]) - 0.5
 
 
+def test_every_step_has_its_rates(finished):
+  """The last one too, which is written without waiting for another."""
+  assert all(line["images_per_second"] > 0 and line["tokens_per_second"] > 0 for line in read(str(finished)))
+
+
 def test_frozen_parameters_are_saved_once(finished, make_run):
   plan = tiny.make_plan(make_run("align", "unused"))
   parameters, optimizer, frozen = saved(finished)
