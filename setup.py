@@ -48,6 +48,6 @@ setup(
         "beam": ["apache-beam[gcp]>=2.77"],
         "hf": ["accelerate", "peft", *TORCH],  # to try what was exported, and to import PyTorch checkpoints
         "eval": ["pycocoevalcap>=1.2"],
-        "dev": ["pytest", "accelerate", "peft", *PHOTOS, *COCO, *TORCH],
+        "dev": ["pytest", "pytest-xdist", "accelerate", "peft", *PHOTOS, *COCO, *TORCH],
     },
 )
