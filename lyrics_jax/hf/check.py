@@ -6,18 +6,18 @@ or int8, the exported ones also differ by rounding: those with merged LoRA, and 
 
 import dataclasses
 import gc
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from etils import epath
 from flax import nnx
 
 from lyrics_jax.config import Config
 from lyrics_jax.evaluation.trained import TrainedModel
-from lyrics_jax.hf import modeling_lyrics
+from lyrics_jax.hf import exported, modeling_lyrics
+from lyrics_jax.hf.sizes import read_settings
 from lyrics_jax.models import masks
 from lyrics_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from lyrics_jax.models.mq_former import spatial_and_caption
@@ -34,16 +34,18 @@ _ROWS = 2
 def compare(checkpoint: str, hf_directory: str) -> dict[str, float]:
   """Prints and returns the largest difference per part; a part that only one of them has is left out.
 
-  Raises `UserError` when there is no such run or directory, or one is not of the other.
+  Raises `UserError` when there is no such run or directory, one is not of the other, or the directory is not whole.
   """
-  directory = pathlib.Path(hf_directory)
+  directory = epath.Path(hf_directory)
   require((directory / "config.json").exists(),
           f"{hf_directory} is not a Hugging Face directory, it has no config.json: name one that to-hf wrote")
-  architecture = json.loads((directory / "config.json").read_text()).get("architectures", [""])[0]
+  architecture = next(iter(read_settings(directory).get("architectures") or []), "")
   stage_of = {"LyricsForAlignment": "align", "LyricsForConditionalGeneration": "instruct"}
   require(architecture in stage_of, f"{hf_directory} holds a {architecture or 'model of unknown class'}, not a Lyrics "
                                     "model: name a directory that to-hf wrote")
   trained = TrainedModel(checkpoint, stage_of[architecture])
+  # transformers would fill in at random what is missing, and say so among other things.
+  exported.find(directory, trained.config.model, trained.plan.shapes).require_known()
   batch = made_up_batch(trained.config)
   ours = _in_float32(trained, batch)
   del trained

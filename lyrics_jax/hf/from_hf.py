@@ -13,16 +13,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 
-from lyrics_jax.config import Config
+from lyrics_jax.config import Config, MeshConfig
 from lyrics_jax.hf import blip2, clip_names, exported, llama_names, ziya
 from lyrics_jax.hf.stream import place, write_all
-from lyrics_jax.hf.table import UNKNOWN, Found, Source, part
+from lyrics_jax.hf.table import Found, Source, part
 from lyrics_jax.stages import make_stage
 from lyrics_jax.training.checkpoint import Checkpoints
 from lyrics_jax.training.parameters import ParameterPlan
 from lyrics_jax.training.sharding import make_mesh
-from refiner_export.settings import existing_path, require
+from refiner_export.settings import UserError, existing_path, require
 
 SOURCES: Mapping[str, Callable[..., Source]] = {
     "clip": clip_names.find, "llama": llama_names.find, "blip2": blip2.find, "ziya": ziya.find, "lyrics": exported.find}
@@ -33,7 +34,7 @@ def convert(config: Config, paths: Mapping[str, str], output: str) -> None:
   """Writes the new directory `output`, all or nothing, and logs where every part comes from.
 
   Args:
-    config: of the run that will start from it; parameters are laid out on its mesh.
+    config: of the run that will start from it; parameters are laid out on its mesh where there are as many devices here.
     paths: kind of source, a key of `SOURCES`, -> file or directory. What two sources have is taken from the first.
     output: for `config.init_from`.
 
@@ -46,7 +47,7 @@ def convert(config: Config, paths: Mapping[str, str], output: str) -> None:
   target = epath.Path(output)
   require(not target.exists(), f"{output} already exists: remove it, or name another directory")
   config = _stored(config, output)
-  mesh, plan = make_mesh(config.mesh), ParameterPlan.of(make_stage(config))
+  mesh, plan = _mesh_here(config.mesh), ParameterPlan.of(make_stage(config))
   shardings = plan.shardings(mesh)
 
   # --- what the sources have for it ---
@@ -54,9 +55,7 @@ def convert(config: Config, paths: Mapping[str, str], output: str) -> None:
   sources = [SOURCES[kind](existing_path(path, f"--{kind}", remedy), config.model, plan.shapes)
              for kind, path in paths.items()]
   for source in sources:
-    unknown = source.left_over.get(UNKNOWN, [])
-    require(not unknown, f"{source.name}: unexpected tensor {next(iter(unknown), '')} ({len(unknown)} in all): these are "
-                         "not the weights of such a model alone")
+    source.require_known()
   origin = {path: source for source in reversed(sources) for path in source.entries}
   at_random = sorted({part(path) for path in plan.paths(trained=False) if path not in origin})
   require(not at_random, f"frozen, and no source has it: {', '.join(at_random)}. Add --clip or --llama with its weights")
@@ -95,6 +94,14 @@ def _stored(config: Config, output: str) -> Config:
   config = dataclasses.replace(config, output=output, init_from="", model=model)
   config.finalize()
   return config
+
+
+def _mesh_here(config: MeshConfig) -> Mesh:
+  """The run's mesh, or one device where it does not fit the devices here: what is written is the same."""
+  try:
+    return make_mesh(config)
+  except UserError:
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
 
 
 def _step_0(output: epath.Path) -> epath.Path:

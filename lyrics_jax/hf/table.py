@@ -151,6 +151,12 @@ class Source:
     """As `Entry.read`, of our parameter with this path."""
     return self.entries[path].read(self.tensors, index, dtype)
 
+  def require_known(self) -> None:
+    """Raises `UserError` when there is a tensor that such weights do not have."""
+    unknown = self.left_over.get(UNKNOWN, [])
+    require(not unknown, f"{self.name}: unexpected tensor {next(iter(unknown), '')} ({len(unknown)} in all): these are not "
+                         "the weights of such a model alone")
+
   def found(self) -> Found:
     """Everything, read."""
     return Found({path: self.read(path) for path in self.entries}, self.left_over)

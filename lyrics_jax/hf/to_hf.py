@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import tokenizers
+from absl import logging
 from safetensors.numpy import save_file
 
 from lyrics_jax.config import Config
@@ -78,6 +79,7 @@ def export(checkpoint: str, output: str, lora: LoRA = "merge") -> None:
     temporary.rename(target)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
+  logging.info("written: %s, step %d of %s", output, run.step, checkpoint)
 
 
 def _tensors(entries: Mapping[str, Entry], parameters: Iterable[tuple[str, np.ndarray]]) -> Tensors:

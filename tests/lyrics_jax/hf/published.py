@@ -3,11 +3,14 @@
 import json
 import pathlib
 
+import numpy as np
+import tiny
 import torch
 import transformers
 from lavis_layout import random_clip, with_noise
 
 from lyrics_jax.config import Config
+from lyrics_jax.hf import lyrics_names
 
 
 def save_clip(config: Config, directory, text: bool = False, extra_layers: int = 0, **saving) -> transformers.CLIPVisionModel:
@@ -33,6 +36,17 @@ def llama(config: Config) -> transformers.LlamaForCausalLM:
       vocab_size=llm.vocab_size, hidden_size=llm.width, num_hidden_layers=llm.layers, num_attention_heads=llm.heads,
       num_key_value_heads=llm.kv_heads, intermediate_size=llm.mlp_dim, rms_norm_eps=llm.norm_eps,
       rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta}, tie_word_embeddings=False)).eval())
+
+
+def trained_llama(config: Config, parameters) -> transformers.LlamaForCausalLM:
+  """The language model of a run with these parameters, by path, as it was before LoRA: what a user would bring."""
+  entries = lyrics_names.entries(config.model, {path: shape for path, shape in tiny.make_plan(config).shapes.items()
+                                                if path.startswith("llm/")})
+  model = llama(config)
+  model.load_state_dict({name.removeprefix(lyrics_names.LANGUAGE_PREFIX): torch.tensor(tensor)
+                         for path, entry in entries.items()
+                         for name, tensor in lyrics_names.give(entry, np.asarray(parameters[path]))})
+  return model
 
 
 def save_bin(model: transformers.PreTrainedModel, directory, shards: int = 1) -> None:

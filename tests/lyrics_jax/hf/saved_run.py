@@ -1,4 +1,8 @@
-"""Small runs on disk, with random parameters in place of trained ones: what is exported in these tests."""
+"""Small runs on disk, with random parameters in place of trained ones: what is exported in these tests; and records."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -8,8 +12,9 @@ from lyrics_jax.config import Config
 from lyrics_jax.models.quantised import SCALE
 from lyrics_jax.training.checkpoint import Checkpoints
 from lyrics_jax.training.parameters import ParameterPlan
-from refiner_export.manifest import Manifest
-from refiner_export.record import SCHEMA_VERSION
+from refiner_export.manifest import Manifest, shard_name
+from refiner_export.record import SCHEMA_VERSION, Record, Schema
+from refiner_export.tfrecord import write_shard
 
 MANIFEST = Manifest(schema_version=SCHEMA_VERSION, fingerprint="0123456789ab", feature_dtype="bfloat16",
                     detection_rows=6, refiner={"name": "made-up", "version": 1}, source="nowhere", split="train",
@@ -53,3 +58,13 @@ def save_run(config: Config, step: int = 7) -> dict[str, np.ndarray]:
   checkpoints.manager.save(step, args=ocp.args.Composite(parameters=ocp.args.StandardSave(trained)))
   checkpoints.close()
   return parameters
+
+
+def write_records(records: Sequence[Record], directory: pathlib.Path) -> str:
+  """An exported directory of these records; returns its path."""
+  directory.mkdir()
+  schema = Schema(MANIFEST.feature_dtype, MANIFEST.fingerprint)
+  encoded = [(schema.encode(record), len(record.conversations)) for record in records]
+  shard = write_shard(directory / shard_name(0, 1), encoded)
+  dataclasses.replace(MANIFEST, shards=(shard,), records=len(records), conversations=shard.conversations).save(directory)
+  return str(directory)

@@ -52,6 +52,37 @@ def test_what_differs_and_what_is_not_there(runs, tmp_path, capsys):
   assert capsys.readouterr().out.splitlines()[-1].split() == ["llm", "logits", "not", "in", "the", "directory"]
 
 
+def cut(directory, tensors):
+  (directory / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:-20])
+
+
+def save(directory, tensors):
+  save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+BIAS = "projection.bias"
+FAULTS = {
+    "a truncated file": (cut, "is not a whole .safetensors file"),
+    "no weights": (lambda d, t: (d / "model.safetensors").unlink(), "has no weights in it"),
+    "a missing tensor": (lambda d, t: save(d, {name: t[name] for name in t if name != BIAS}), f"tensor {BIAS} is missing"),
+    "an unexpected tensor": (lambda d, t: save(d, t | {"extra": np.zeros(2)}), "unexpected tensor extra (1 in all)"),
+    "a wrong shape": (lambda d, t: save(d, t | {BIAS: np.zeros(3, np.float32)}), f"tensor {BIAS} has shape (3,)"),
+    "a damaged config.json": (lambda d, t: (d / "config.json").write_text("{"), "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_directory_that_is_not_whole(runs, fault, tmp_path):
+  """transformers itself would draw at random what is missing."""
+  run, directory = runs["instruct"]
+  shutil.copytree(directory, tmp_path / "hf")
+  spoil, words = FAULTS[fault]
+  spoil(tmp_path / "hf", load_file(f"{directory}/model.safetensors"))
+  with pytest.raises(UserError) as error:
+    compare(run, str(tmp_path / "hf"))
+  assert words in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
 def test_mistakes(runs, tmp_path):
   with pytest.raises(UserError, match="/nowhere is not a Hugging Face directory"):
     compare(runs["align"][0], "/nowhere")

@@ -121,6 +121,12 @@ def test_on_eight_devices_it_is_the_same(make_config, published, converted, tmp_
   assert frozen["llm/stack/blocks/up/kernel"].addressable_shards[0].data.shape == (2, 8, 16)
 
 
+def test_a_machine_without_the_devices_of_the_run(make_config, published, converted, tmp_path):
+  """The weights of a run on sixteen devices; here are eight."""
+  convert(make_config(mesh=MeshConfig(-1, 16, 1)), published, str(tmp_path / "weights"))
+  assert_same(stored(tmp_path / "weights"), stored(converted))
+
+
 def test_what_became_of_every_part_is_said_and_int8_is_made_later(make_config, published, tmp_path, caplog):
   absl_logging.use_absl_handler()
   caplog.set_level(logging.INFO, logger="absl")

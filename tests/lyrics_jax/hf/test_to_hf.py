@@ -6,12 +6,12 @@ import os
 import pathlib
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from published import trained_llama
 from safetensors.numpy import load_file
 from saved_run import MANIFEST, make_run_config, save_run
 
@@ -127,9 +127,12 @@ def test_the_files(exported):
     assert Manifest.load(directory / "training") == MANIFEST
   card = (exported.merged / "README.md").read_text()
   assert card.startswith("---\nlibrary_name: transformers\n") and "license: other" in card
-  for said in (MANIFEST.fingerprint, "trust_remote_code=True", '"spatial_to_llm": true', "LoRA merged", "made-up"):
+  for said in (MANIFEST.fingerprint, "pip install torch transformers pillow\n", "trust_remote_code=True",
+               '"spatial_to_llm": true', "LoRA merged", "made-up"):
     assert said in card, said
-  assert "PeftModel.from_pretrained" in (exported.adapter / "README.md").read_text() and "PeftModel" not in card
+  adapter = (exported.adapter / "README.md").read_text()
+  assert "PeftModel.from_pretrained" in adapter and "pip install torch transformers pillow peft\n" in adapter
+  assert "PeftModel" not in card
   assert "outputs.itm_logits" in (exported.align / "README.md").read_text()
 
 
@@ -157,10 +160,11 @@ def test_shards_hold_the_same(exported, tmp_path, monkeypatch):
   assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
 
 
-# What a user writes, in a process in which importing JAX, Flax or this project fails.
+# What a user writes, where nothing of what this project is made with is installed.
 ALONE = """
-import json, sys
-sys.modules.update(dict.fromkeys(["jax", "jaxlib", "flax", "lyrics_jax", "refiner_export"]))
+import importlib.util, json, sys
+names = "jax", "jaxlib", "flax", "orbax", "optax", "peft", "accelerate", "lyrics_jax", "refiner_export"
+assert [name for name in names if importlib.util.find_spec(name)] == []
 import numpy as np, torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 directory, inputs, new = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
@@ -184,13 +188,14 @@ print(json.dumps({"batch": processor.answers(generated, batch["input_ids"]), "al
 """
 
 
-def run_alone(directory, align, record, tmp_path) -> dict:
+def run_alone(python, directory, align, record, tmp_path) -> dict:
+  """What `ALONE` prints; -I keeps out PYTHONPATH, the working directory and the user's own site directory."""
   features = RefinerFeatures(tags=record.tags, boxes=record.boxes, mask_features=record.mask_features,
                              detection_features=record.detection_features, detection_boxes=record.detection_boxes,
                              text_boxes=record.text_boxes)
   np.savez(tmp_path / "inputs.npz", image=np.frombuffer(record.image, np.uint8), **vars(features))
   environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-  line = [sys.executable, "-c", ALONE, str(directory), str(tmp_path / "inputs.npz"), str(NEW), json.dumps(PROMPTS),
+  line = [str(python), "-I", "-c", ALONE, str(directory), str(tmp_path / "inputs.npz"), str(NEW), json.dumps(PROMPTS),
           str(align)]
   process = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
   assert process.returncode == 0, process.stderr[-3000:]
@@ -202,10 +207,10 @@ def answers(exported, records) -> list[str]:
   return Answerer(exported.config.output, len(PROMPTS), NEW).answer([(records[0], prompt) for prompt in PROMPTS])
 
 
-def test_the_same_answers_where_there_is_no_jax(exported, records, answers, tmp_path):
-  """Greedy texts of prompts of different lengths, in one batch and one by one, in a fresh process."""
+def test_the_same_answers_where_there_is_no_jax(exported, records, answers, python_alone, tmp_path):
+  """Greedy texts of prompts of different lengths, in one batch and one by one, in an environment of their own."""
   assert len(set(answers)) > 1 and all(answers)
-  got = run_alone(exported.merged, exported.align, records[0], tmp_path)
+  got = run_alone(python_alone, exported.merged, exported.align, records[0], tmp_path)
   assert got == {"batch": answers, "alone": answers, "similarities": [len(PROMPTS)] * 2, "classes": [
       "LyricsProcessor", *["LyricsForConditionalGeneration"] * 3, "LyricsForAlignment"]}
 
@@ -213,11 +218,7 @@ def test_the_same_answers_where_there_is_no_jax(exported, records, answers, tmp_
 def test_the_adapter_on_ones_own_llama(exported, records, answers, tmp_path):
   """LLaMA as transformers saves it, PEFT's own loading, the rest from the directory."""
   peft = pytest.importorskip("peft")
-  text = json.loads((exported.merged / "config.json").read_text())["text_config"]
-  llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**text))
-  base = make_base(exported)
-  llama.load_state_dict({name: torch.tensor(tensor) for name, tensor in base.items()})
-  llama.save_pretrained(tmp_path / "llama")
+  trained_llama(exported.config, exported.parameters).save_pretrained(tmp_path / "llama")
   llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
   model = LyricsForConditionalGeneration.from_pretrained(exported.adapter, dtype=torch.float32).eval()
   processor = LyricsProcessor.from_pretrained(exported.adapter)
@@ -226,14 +227,6 @@ def test_the_adapter_on_ones_own_llama(exported, records, answers, tmp_path):
     model(**batch)
   model.language_model = peft.PeftModel.from_pretrained(llama, exported.adapter / "adapter").eval()
   assert processor.answers(model.generate(**batch, max_new_tokens=NEW), batch["input_ids"]) == answers
-
-
-def make_base(exported) -> dict[str, np.ndarray]:
-  """LLaMA's own weights, by its own names."""
-  entries = lyrics_names.entries(exported.config.model, ParameterPlan.of(make_stage(exported.config)).shapes)
-  return {name.removeprefix(lyrics_names.LANGUAGE_PREFIX): tensor
-          for path, entry in entries.items() if path.startswith("llm/")
-          for name, tensor in lyrics_names.give(entry, exported.parameters[path])}
 
 
 @pytest.mark.parametrize("settings", [dict(num_beams=3), dict(do_sample=True, top_k=5), dict(use_cache=False),

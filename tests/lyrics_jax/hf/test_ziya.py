@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from published import llama
 from safetensors.torch import save_file
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerAttention
 
+from configs import ziya_lyrics_14b
 from lyrics_jax.hf import ziya
 from lyrics_jax.hf.from_hf import convert
 from lyrics_jax.hf.table import UNKNOWN, part
@@ -208,3 +210,42 @@ def test_incomplete_and_foreign(published, save):
   with pytest.raises(UserError, match="no detection_crossattention in it; name a directory of Ziya"):
     ziya.find(save({"a": torch.zeros(2)}), config.model, shapes)
   assert ziya.find(save(tensors | {"extra": torch.zeros(2)}), config.model, shapes).left_over[UNKNOWN] == ["extra"]
+
+
+THEIR_SETTINGS = {  # config.json as the authors' code writes it, so far as it is read here; text_config is Vicuna-13B's
+    "model_type": "blip-2", "num_query_tokens": 96, "image_text_hidden_size": 256,
+    "vision_config": {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16,
+                      "image_size": 224, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "qkv_bias": True},
+    "qformer_config": {"vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+                       "intermediate_size": 3072, "hidden_act": "gelu", "max_position_embeddings": 512,
+                       "layer_norm_eps": 1e-12, "cross_attention_frequency": 2, "encoder_hidden_size": 1408,
+                       "detection_encoder_hidden_size": 256, "num_vit_query_tokens": 32, "num_dino_query_tokens": 64},
+    "text_config": {"model_type": "llama", "vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824,
+                    "num_hidden_layers": 40, "num_attention_heads": 40, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+                    "max_position_embeddings": 2048}}
+
+
+def test_the_published_size(tmp_path):
+  """`configs/ziya_lyrics_14b.py` has a place for every tensor; of these the file has names and shapes only."""
+  config = ziya_lyrics_14b.get_config()
+  config.finalize()
+  theirs = ziya_lyrics_14b.get_config()
+  theirs.model.mq_former.vocab_size = 30522
+  with torch.device("meta"):
+    tensors = Published(theirs).tensors()
+  header, end = {}, 0
+  for name, tensor in tensors.items():
+    start, end = end, end + 2 * math.prod(tensor.shape)
+    header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)
+  with open(tmp_path / "model.safetensors", "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    file.truncate(8 + len(text) + end)  # without blocks on the disk
+  (tmp_path / "config.json").write_text(json.dumps(THEIR_SETTINGS))
+  shapes = tiny.make_plan(config).shapes
+  source = ziya.find(epath.Path(tmp_path), config.model, shapes)
+  source.require_known()
+  assert {part(path) for path in shapes if path not in source.entries} == {"local_tokens", "llm"}  # mask tokens' map, LoRA
+  size = sum(math.prod(source.shape(path)) for path in source.entries)
+  assert 14.1e9 < size < 14.3e9
