@@ -42,7 +42,7 @@ quickstart: $(VENV)/.quickstart
 	@echo "next: your own pictures and a TPU pod, see README.md; curves while training: tensorboard --logdir $(RUN)"
 
 test: $(VENV)/.dev
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/.dev
 	$(PY) -m pytest -m 'slow or not slow'

@@ -24,13 +24,19 @@ class Cache:
 
 
 def rotary(x: Array, positions: Array, theta: float) -> Array:
-  """Rotates halves (x_i, x_{i+d/2}) of [B, T, H, d] by angles positions * theta^(-2i/d); positions: int32[B, T]."""
+  """Rotates halves (x_i, x_{i+d/2}) of [B, T, H, d] by angles positions * theta^(-2i/d); positions: int32[B, T].
+
+  Halves change places in a product with a permutation, which is exact: slices of a TPU's lanes would have the compiler turn
+  whole arrays around before and after.
+  """
   half = x.shape[-1] // 2
   frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angles = positions[..., None].astype(jnp.float32) * frequencies
-  sin, cos = jnp.sin(angles)[:, :, None], jnp.cos(angles)[:, :, None]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  cos, sin = (jnp.concatenate([first, second], axis=-1)[:, :, None] for first, second in (
+      (jnp.cos(angles),) * 2, (-jnp.sin(angles), jnp.sin(angles))))
+  swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=0)
+  swapped = jnp.matmul(x, swap, precision=jax.lax.Precision.HIGHEST)
+  return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
 
 
 class LLaMABlock(nnx.Module):
@@ -67,8 +73,10 @@ class LLaMABlock(nnx.Module):
       k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1)
                            for old, new in zip(cache, (k, v)))
     x = x + apply(self.o, merge_heads(attention(q, k, v)), keys[3])
-    y = self.mlp_norm(x)
-    y = jax.nn.silu(apply(self.gate, y, keys[4])) * apply(self.up, y, keys[5])
+    # Behind barriers norm and gate are computed once. A TPU's compiler would fuse them into the products, forward and
+    # backward, and compute them again for each of their tiles.
+    y = jax.lax.optimization_barrier(self.mlp_norm(x))
+    y = jax.lax.optimization_barrier(jax.nn.silu(apply(self.gate, y, keys[4])) * apply(self.up, y, keys[5]))
     return x + apply(self.down, y, keys[6]), cache
 
 

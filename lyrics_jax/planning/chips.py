@@ -13,7 +13,8 @@ from refiner_export.settings import require
 @dataclasses.dataclass(frozen=True)
 class Chip:
   """`flops`: bfloat16 FLOP/s. `hbm`: bytes. Bandwidths in bytes/s: of the HBM, of one link of the interconnect in one
-  direction, and of the data-center network per chip. `wraps`: a side of the slice that is a multiple of it is a ring."""
+  direction, and of the data-center network per chip. `wraps`: a side of the slice that is a multiple of it is a ring. `cores`:
+  how libtpu is told to treat those of a chip, as JAX does on the machine: as one device."""
   name: str
   flops: float
   hbm: float
@@ -22,11 +23,12 @@ class Chip:
   dcn_bandwidth: float
   clock: float
   wraps: int
+  cores: str = "default"
 
 
 CHIPS = {chip.name: chip for chip in (
-    # cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB, 1200 GB/s; two cores of four 128 x 128 units. Not planned for yet: see `topology.py`.
-    Chip("v4", 275e12, 32 * 2**30, 1.2e12, 4.5e10, 6.25e9, 1.05e9, 4),
+    # cloud.google.com/tpu/docs/v4: 275 TFLOP/s, 32 GiB, 1200 GB/s; two cores of four 128 x 128 units.
+    Chip("v4", 275e12, 32 * 2**30, 1.2e12, 4.5e10, 6.25e9, 1.05e9, 4, "megacore"),
     # cloud.google.com/tpu/docs/v5e: 197 TFLOP/s, 16 GB, 819 GB/s, 1600 Gbit/s over four links; one core of four units.
     Chip("v5e", 197e12, 16 * 2**30, 8.2e11, 4.5e10, 3.125e9, 1.5e9, 16),
     # cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95 GB, 2765 GB/s, 1200 GB/s both ways over six links; two cores of four units.

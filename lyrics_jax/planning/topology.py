@@ -48,7 +48,7 @@ class Target:
       os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")  # libtpu compiles; it must not look for a TPU to run on
     sides = tuple(map(int, name.split(":")[1].split("x")))
-    options = {} if slices == 1 else {"num_slices": slices}
+    options = {"chip_config_name": chip.cores} | ({} if slices == 1 else {"num_slices": slices})
     if math.prod(sides) == 1:
       options["chips_per_host_bounds"] = (1, 1, 1)  # the default host has four chips
     try:
@@ -56,9 +56,6 @@ class Target:
     except jax.errors.JaxRuntimeError as error:
       raise UserError(f"--topology={name}: libtpu does not describe this slice ({' '.join(str(error).split())[:200]})") from None
     places = {device: (getattr(device, "slice_index", 0) or 0, *device.coords) for device in devices}
-    require(len(set(places.values())) == len(devices),
-            f"--topology={name}: {len(devices)} devices are more than the chips: libtpu describes the cores of this TPU, "
-            "only TPUs whose chips are one device are planned for")
     return cls(name, chip, sides, places)
 
   def links(self, mesh: Mesh, group: list[int]) -> int:

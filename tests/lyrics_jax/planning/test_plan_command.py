@@ -89,7 +89,7 @@ def test_plan_of_a_small_model_for_a_tpu(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_cycles_of_a_matrix_product_are_near_the_roofline(topology):
   pytest.importorskip("libtpu")
   import jax
