@@ -33,13 +33,18 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   require(int(np.prod(sizes)) == len(devices),
           f"config.mesh: data x fsdp x tensor = {' x '.join(map(str, sizes))} does not give the {len(devices)} devices here")
   if config.slices == 1:
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return _mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True))
   by_process = devices[0].platform != "tpu"
   found = len({device.process_index if by_process else device.slice_index for device in devices})
   require(found == config.slices, f"config.mesh.slices={config.slices}, but the devices here are of {found}")
   require(sizes[0] % config.slices == 0, f"config.mesh.data={sizes[0]} is not a multiple of config.mesh.slices={config.slices}")
-  return Mesh(mesh_utils.create_hybrid_device_mesh((sizes[0] // config.slices, *sizes[1:]), (config.slices, 1, 1), devices,
-                                                   process_is_granule=by_process), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+  return _mesh(mesh_utils.create_hybrid_device_mesh((sizes[0] // config.slices, *sizes[1:]), (config.slices, 1, 1), devices,
+                                                    process_is_granule=by_process, allow_split_physical_axes=True))
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+  """Devices placed so that neighbours of an axis are neighbours in the slice. A side of it may be shared by two axes: fsdp 16 on 4x8x8."""
+  return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_batch(batch_size: int, mesh: Mesh) -> None:

@@ -16,6 +16,7 @@ from lyrics_jax.planning.compile import DoesNotFit
 from lyrics_jax.planning.topology import Target
 from lyrics_jax.stages import make_stage
 from lyrics_jax.training.parameters import ParameterPlan
+from lyrics_jax.training.sharding import make_mesh
 
 CONFIG = '''
 import sys
@@ -86,6 +87,13 @@ def test_plan_of_a_small_model_for_a_tpu(tmp_path):
   report = json.loads((tmp_path / "plan" / "plan.json").read_text())
   assert report["chips"] == 4 and report["seconds"]["fusions"] > 0 and {c["axis"] for c in report["collectives"]} == {"fsdp"}
   assert (tmp_path / "plan" / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_two_axes_may_share_a_side_of_the_slice():
+  """Neither 4 nor 8 nor 4 x 8 chips are 16."""
+  pytest.importorskip("libtpu")
+  assert make_mesh(MeshConfig(-1, 16, 1), Target.of("v5p:4x8x8").devices).shape == {"data": 16, "fsdp": 16, "tensor": 1}
 
 
 @pytest.mark.slow
