@@ -100,7 +100,7 @@ class Module:
     condition = self.computations[loop.called["condition"]].values()
     inside = [i for c in condition for i in self.computations.get(c.called.get("calls"), {}).values()]
     constants = {int(found[1]) for i in [*condition, *inside]
-                 if i.opcode == "constant" and (found := re.match(r"(-?\d+)\)", i.rest)) and i.shape.startswith("s32[]")}
+                 if i.opcode == "constant" and (found := re.match(r"(-?\d+)\)", i.rest)) and i.shape.startswith(("s32[]", "u32[]"))}
     return constants.pop() if len(constants) == 1 else 1
 
   @property
