@@ -89,7 +89,7 @@ def test_collectives_of_a_loop_with_their_axis_and_bytes(compiled, mesh):
 
 def test_a_loop_that_the_compiler_made():
   """Products in pieces, as they arrive from the neighbours, are counted without a sign."""
-  assert Module.parse(TPU.replace("s32[]", "u32[]")).runs == Module.parse(TPU).runs
+  assert hlo.Module.parse(TPU.replace("s32[]", "u32[]")).runs == hlo.Module.parse(TPU).runs
 
 
 def test_cycles_count_as_often_as_they_run():
