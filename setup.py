@@ -21,6 +21,7 @@ BASE = [
     "tensorboard",
     "tensorboardX",
     "tensorflow-datasets>=4.9.10,<5",  # the next major version may need TensorFlow to write records
+    "tensorstore",
     "tokenizers",
     "tqdm",
     "transformers>=5,<6",  # tokenizer files are written in the form of version 5

@@ -6,27 +6,28 @@ without a reason. Frozen parameters must all come from somewhere.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh
 
 from lyrics_jax.config import Config, MeshConfig
 from lyrics_jax.hf import blip2, clip_names, exported, llama_names, ziya
-from lyrics_jax.hf.stream import place, write_all
+from lyrics_jax.hf.read import Tensor
+from lyrics_jax.hf.stream import write_checkpoint
 from lyrics_jax.hf.table import Found, Source, part
 from lyrics_jax.stages import make_stage
 from lyrics_jax.training.checkpoint import Checkpoints
 from lyrics_jax.training.parameters import ParameterPlan
 from lyrics_jax.training.sharding import make_mesh
-from refiner_export.settings import UserError, existing_path, require
+from refiner_export.settings import existing_path, require
 
 SOURCES: Mapping[str, Callable[..., Source]] = {
     "clip": clip_names.find, "llama": llama_names.find, "blip2": blip2.find, "ziya": ziya.find, "lyrics": exported.find}
+_AT_ONCE = 32  # parameters that are initialised together, by a program of their own
 REFINER = "refiner"  # directory of the refiner's weights inside the written one, where a source has them
 
 
@@ -34,7 +35,7 @@ def convert(config: Config, paths: Mapping[str, str], output: str) -> None:
   """Writes the new directory `output`, all or nothing, and logs where every part comes from.
 
   Args:
-    config: of the run that will start from it; parameters are laid out on its mesh where there are as many devices here.
+    config: of the run that will start from it; its mesh need not be here.
     paths: kind of source, a key of `SOURCES`, -> file or directory. What two sources have is taken from the first.
     output: for `config.init_from`.
 
@@ -47,8 +48,7 @@ def convert(config: Config, paths: Mapping[str, str], output: str) -> None:
   target = epath.Path(output)
   require(not target.exists(), f"{output} already exists: remove it, or name another directory")
   config = _stored(config, output)
-  mesh, plan = _mesh_here(config.mesh), ParameterPlan.of(make_stage(config))
-  shardings = plan.shardings(mesh)
+  plan = ParameterPlan.of(make_stage(config))
 
   # --- what the sources have for it ---
   remedy = "Name a file of weights or a Hugging Face directory"
@@ -62,21 +62,22 @@ def convert(config: Config, paths: Mapping[str, str], output: str) -> None:
   whole = {path for path, source in origin.items() if source.shape(path) == plan.shapes[path].shape}
 
   # --- write ---
-  with jax.set_mesh(mesh), _all_or_nothing(target) as directory:
-    fresh = plan.fresh(mesh, config.seed, [path for path in plan.shapes if path not in whole])
+  with _all_or_nothing(target) as directory:
+    fresh = _fresh(plan, [path for path in plan.shapes if path not in whole])
 
-    def make(path: str) -> jax.Array:
+    def tensor(path: str) -> Tensor:
       if path in whole:
-        return place(origin[path], path, plan.shapes[path], shardings[path])
+        return origin[path].tensor(path, plan.shapes[path].dtype)
+      value = fresh[path]
       if path in origin:  # its first rows
-        value = origin[path].read(path, dtype=fresh[path].dtype)
-        return jax.device_put(fresh[path].at[:len(value)].set(value), shardings[path])
-      return fresh[path]
+        rows = origin[path].read(path, dtype=value.dtype)
+        value = np.concatenate([rows, value[len(rows):]])
+      return Tensor(path, value.shape, value.dtype, value.__getitem__)
 
-    of = lambda trained: {path: plan.shapes[path] for path in plan.paths(trained)}
-    write_all(_step_0(directory) / "parameters", of(True), make)
+    tensors = lambda trained: {path: tensor(path) for path in plan.paths(trained)}
+    write_checkpoint(_step_0(directory) / "parameters", tensors(True))
     if plan.paths(trained=False):
-      write_all(directory / "frozen", of(False), make)
+      write_checkpoint(directory / "frozen", tensors(False))
     (directory / "config.json").write_text(config.to_json())
     if "ziya" in paths:
       ziya.write_refiner(epath.Path(paths["ziya"]), directory / REFINER)
@@ -96,12 +97,13 @@ def _stored(config: Config, output: str) -> Config:
   return config
 
 
-def _mesh_here(config: MeshConfig) -> Mesh:
-  """The run's mesh, or one device where it does not fit the devices here: what is written is the same."""
-  try:
-    return make_mesh(config)
-  except UserError:
-    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
+def _fresh(plan: ParameterPlan, paths: Sequence[str]) -> dict[str, np.ndarray]:
+  """Parameters as a run would initialise them, some at a time: making them takes more memory than they have."""
+  mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
+  fresh = {}
+  for start in range(0, len(paths), _AT_ONCE):
+    fresh |= jax.device_get(plan.fresh(mesh, plan.stage.config.seed, paths[start:start + _AT_ONCE]))
+  return fresh
 
 
 def _step_0(output: epath.Path) -> epath.Path:

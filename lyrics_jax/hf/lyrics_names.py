@@ -13,7 +13,7 @@ scans over.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -91,12 +91,6 @@ def adapter_entries(config: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStru
 
 def is_lora(path: str) -> bool:
   return path.endswith(("/lora_a", "/lora_b"))
-
-
-def give(entry: Entry, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-  """The tensors that a parameter of ours becomes, by name, one at a time: the inverse of `Entry.read`."""
-  for name, layer in zip(entry.names, value if entry.stacked else [value], strict=True):
-    yield name, np.asarray(entry.form.give(layer), order="C")  # keeps a scalar a scalar
 
 
 def _entry(path: str, shape: tuple[int, ...], config: ModelConfig) -> Entry:

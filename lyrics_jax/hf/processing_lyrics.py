@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 VISIBLE_SHARE = 0.3  # a box of which less than this share lies in the picture is left out
@@ -97,7 +96,8 @@ class LyricsProcessor(ProcessorMixin):
 
     Args:
       images: PIL image, uint8 array (height, width, 3) or the bytes of a picture file, or B of them. None, also in a
-        list, is the picture that `refined` brings along, or no picture.
+        list, is the picture that `refined` brings along, or no picture. An array of the model's own size, (S, S, 3), is
+        taken as it is; all else is decoded and resized with Pillow.
       text: B texts. For a conversation a question, or a sequence of question, answer, question, ...; where the last one
         is an answer there are `labels`. For `LyricsForAlignment` a caption. May hold `<box K>`, K counting the
         `text_boxes` of `refined`.
@@ -179,15 +179,14 @@ class LyricsProcessor(ProcessorMixin):
   # --- pictures and local tokens ---
 
   def _pixels(self, image) -> np.ndarray:
-    """float32 (3, S, S). Pillow's bicubic on whole pixel values, as in training and in CLIP's own preprocessing."""
+    """float32 (3, S, S) in CLIP's normalisation."""
     size, mean, std = (self.settings[name] for name in ("image_size", "image_mean", "image_std"))
     if image is None:
       seen = np.zeros((size, size, 3), np.uint8)
+    elif isinstance(image, np.ndarray) and image.shape == (size, size, 3) and image.dtype == np.uint8:
+      seen = image
     else:
-      if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
-      image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-      seen = np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+      seen = _squeezed(image, size)
     pixels = (seen.astype(np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -287,6 +286,19 @@ class LyricsProcessor(ProcessorMixin):
       if index >= len(boxes):
         raise ValueError(f"the text {text[:60]!r} refers to <box {index}>, but there are {len(boxes)} text_boxes")
     return _PLACEHOLDER.sub(lambda match: self._reference(boxes[int(match[1])]), text)
+
+
+def _squeezed(image, size: int) -> np.ndarray:
+  """uint8 (S, S, 3). Pillow's bicubic on whole pixel values, as in training and in CLIP's own preprocessing."""
+  try:
+    from PIL import Image, ImageOps
+  except ImportError:
+    raise ImportError("images: Pillow is needed to decode and resize pictures: pip install pillow. Without it, give "
+                      f"uint8 arrays of shape ({size}, {size}, 3)") from None
+  if isinstance(image, bytes):
+    image = Image.open(io.BytesIO(image))
+  image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+  return np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _with_mask(name: str, ids: list[int]) -> dict:

@@ -7,6 +7,7 @@ A file is mapped to memory only while a tensor is read from it: pages that were 
 import dataclasses
 import functools
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -20,16 +21,25 @@ from refiner_export.settings import UserError, require
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LAYOUTS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))  # of a directory; the first counts
+SAFETENSORS_DTYPES = {  # NumPy's names -> theirs
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL"}
+_NUMPY_DTYPES = {theirs: np.dtype(ours) for ours, theirs in SAFETENSORS_DTYPES.items()}
 Index = tuple[slice, ...]
 _REMEDY = "Download or save it again"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """A tensor that still lies in its file, where it is called `name`; `fetch` reads a part of it from there."""
+  """A tensor that is not in memory; `fetch` reads a part of it. One that lies in a file is called `name` there."""
   name: str
   shape: tuple[int, ...]
+  dtype: np.dtype
   fetch: Callable[[Index], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
 
   def read(self, index: Index | None = None) -> np.ndarray:
     """The tensor, or the part of it that `index`, a slice per axis, selects; nothing else is read."""
@@ -62,10 +72,16 @@ def _read_safetensors(path: epath.Path) -> dict[str, Tensor]:
     with safetensors.safe_open(path, framework="numpy") as file:
       return np.asarray(file.get_slice(name)[index])
 
+  tensors = {}
   try:
     with safetensors.safe_open(path, framework="numpy") as file:
-      return {name: Tensor(name, tuple(file.get_slice(name).get_shape()), functools.partial(fetch, name))
-              for name in file.keys()}
+      for name in file.keys():
+        tensor = file.get_slice(name)
+        dtype = tensor.get_dtype()
+        require(dtype in _NUMPY_DTYPES, f"{path}: tensor {name} is of type {dtype}, which cannot be read here. Save it "
+                                        "in float32 or bfloat16")
+        tensors[name] = Tensor(name, tuple(tensor.get_shape()), _NUMPY_DTYPES[dtype], functools.partial(fetch, name))
+    return tensors
   except (safetensors.SafetensorError, OSError) as error:
     raise UserError(f"{path} is not a whole .safetensors file ({_first_line(error)}). {_REMEDY}") from None
 
@@ -96,11 +112,13 @@ def _read_torch(path: epath.Path) -> dict[str, Tensor]:
     raise UserError(f"{path} cannot be read ({_first_line(error)}). {_REMEDY}") from None
   version = (stat.st_size, stat.st_mtime_ns)
 
-  def fetch(name: str, index: Index) -> np.ndarray:
-    tensor = _load_torch(path, version)[name].detach()[index]
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+  def as_numpy(tensor) -> np.ndarray:
+    return (tensor.detach().float() if tensor.is_floating_point() else tensor).numpy()
 
-  return {name: Tensor(name, tuple(tensor.shape), functools.partial(fetch, name))
+  def fetch(name: str, index: Index) -> np.ndarray:
+    return as_numpy(_load_torch(path, version)[name][index])
+
+  return {name: Tensor(name, tuple(tensor.shape), as_numpy(tensor.new_empty(0)).dtype, functools.partial(fetch, name))
           for name, tensor in _load_torch(path, version).items()}
 
 

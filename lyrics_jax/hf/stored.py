@@ -1,11 +1,9 @@
-"""A run's newest checkpoint, a few parameters at a time, without building the model."""
-
-import math
-from collections.abc import Iterable, Iterator
+"""A run's newest checkpoint, a few layers at a time, without building the model."""
 
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 
 from lyrics_jax.models.quantised import SCALE
@@ -13,8 +11,6 @@ from lyrics_jax.stages import make_stage
 from lyrics_jax.training.checkpoint import open_run, trained_manifest
 from lyrics_jax.training.parameters import ParameterPlan
 from refiner_export.manifest import MANIFEST
-
-READ_BYTES = 2**30  # of parameters that are read together; a larger one is read alone
 
 
 class StoredRun:
@@ -33,31 +29,56 @@ class StoredRun:
     described = any((epath.Path(place) / MANIFEST).exists() for place in (root, self.config.data.records))
     self.manifest = trained_manifest(output, self.config) if described else None
     self._directory_of = {True: root / "checkpoints" / str(self.step) / "parameters", False: root / "frozen"}
+    self._context = ocp.type_handlers.get_ts_context()
+    self._described = {trained: _describe(place) for trained, place in self._directory_of.items() if place.exists()}
+    self._layers = None, None  # those that were read last: (path, first, merged), values
 
-  def read(self, paths: Iterable[str], merged: bool = False) -> Iterator[tuple[str, np.ndarray]]:
-    """Parameters in order, as stored; kernels in int8 are written out in bfloat16.
+  def dtype(self, path: str) -> np.dtype:
+    """Of a parameter as `read` gives it."""
+    return np.dtype(ml_dtypes.bfloat16 if self._scale_of(path) else self.plan.shapes[path].dtype)
+
+  def read(self, path: str, layer: int | None = None, merged: bool = False) -> np.ndarray:
+    """A parameter, or one layer of a stack, as stored; kernels in int8 are written out in bfloat16.
+
+    Layers that lie in one chunk are read together and kept until others are asked for, so ask for them in order: one
+    layer at a time where `from_hf` wrote them, up to all of them where a run did.
 
     With `merged`, LoRA is added to its kernels: W + alpha / r A B in float32, rounded to W's dtype.
     """
-    for group in self._groups(paths):
-      values = self._restore(group)
-      scales = self._restore([scale for path in group for scale in self._scale_of(path)])
-      lora = self._restore([factor for path in group for factor in self._lora_of(path)] if merged else [])
-      for path in group:
-        factors = [lora[factor] for factor in self._lora_of(path)] if merged else []
-        yield path, self._finish(values.pop(path), [scales[scale] for scale in self._scale_of(path)], factors)
+    if layer is None:
+      return self._finished(path, slice(None), merged)
+    count = self._described[self.plan.stage.trains(path)].tree[path].storage.chunk_shape[0]
+    first = layer // count * count
+    if self._layers[0] != (path, first, merged):
+      self._layers = None, None  # not in memory together with the next ones
+      self._layers = (path, first, merged), self._finished(path, slice(first, first + count), merged)
+    return self._layers[1][layer - first]
 
-  def _groups(self, paths: Iterable[str]) -> Iterator[list[str]]:
-    group, size = [], 0
-    for path in paths:
-      shape = self.plan.shapes[path]
-      more = math.prod(shape.shape) * shape.dtype.itemsize
-      if group and size + more > READ_BYTES:
-        yield group
-        group, size = [], 0
-      group.append(path)
-      size += more
-    yield group
+  def _finished(self, path: str, layers: slice, merged: bool) -> np.ndarray:
+    """A kernel [L, n, m] without int8 and with LoRA, where it has a scale [L, m] and factors [L, n, r], [L, r, m]."""
+    value = self._stored(path, layers)
+    scale = [self._stored(each, layers) for each in self._scale_of(path)]
+    factors = [self._stored(each, layers) for each in self._lora_of(path)] if merged else []
+    if not scale and not factors:
+      return value
+    result, lora = np.empty(value.shape, self.dtype(path)), self.config.model.llm.lora
+    for layer, kernel in enumerate(value):  # float32 for one layer at a time
+      kernel = kernel.astype(np.float32)
+      for of_layer in scale:
+        kernel *= of_layer[layer][None]
+      if factors:
+        kernel += lora.alpha / lora.rank * (factors[0][layer] @ factors[1][layer])
+      result[layer] = kernel
+    return result
+
+  def _stored(self, path: str, layers: slice) -> np.ndarray:
+    """Of a parameter what these layers have, read by itself, which Orbax' own way of reading cannot do."""
+    trained = self.plan.stage.trains(path)
+    info = ocp.type_handlers.ParamInfo(name=path, parent_dir=self._directory_of[trained], ts_context=self._context,
+                                       use_zarr3=self._described[trained].use_zarr3)
+    specification = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
+    array = tensorstore.open(specification, context=self._context).result()
+    return np.asarray((array[layers] if array.rank else array).read().result())
 
   def _scale_of(self, path: str) -> list[str]:
     """The scale of an int8 kernel; none of others."""
@@ -69,27 +90,8 @@ class StoredRun:
     factors = [f"{module}/lora_a", f"{module}/lora_b"]
     return factors if leaf == "kernel" and factors[0] in self.plan.shapes else []
 
-  def _finish(self, value: np.ndarray, scale: list[np.ndarray], factors: list[np.ndarray]) -> np.ndarray:
-    """A kernel [L, n, m] without int8 and with LoRA, where it has a scale [L, m] and factors [L, n, r], [L, r, m]."""
-    if not scale and not factors:
-      return value
-    result, lora = np.empty(value.shape, ml_dtypes.bfloat16 if scale else value.dtype), self.config.model.llm.lora
-    for layer, kernel in enumerate(value):  # float32 for one layer at a time
-      kernel = kernel.astype(np.float32)
-      for of_layer in scale:
-        kernel *= of_layer[layer][None]
-      if factors:
-        kernel += lora.alpha / lora.rank * (factors[0][layer] @ factors[1][layer])
-      result[layer] = kernel
-    return result
 
-  def _restore(self, paths: list[str]) -> dict[str, np.ndarray]:
-    values = {}
-    for trained, directory in self._directory_of.items():
-      here = [path for path in paths if self.plan.stage.trains(path) == trained]
-      if here:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-          values |= checkpointer.restore(directory, args=ocp.args.PyTreeRestore(
-              dict.fromkeys(here, 0), restore_args=dict.fromkeys(here, ocp.RestoreArgs(restore_type=np.ndarray)),
-              partial_restore=True))
-    return values
+def _describe(directory: epath.Path):
+  """What Orbax knows of the arrays in a directory, by path, and of their format."""
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    return checkpointer.metadata(directory).item_metadata

@@ -1,106 +1,85 @@
-"""Parameters from weight files to devices and on to a checkpoint, few at a time.
+"""Tensors that are written while they are read, a piece at a time: no host ever holds the stacked layers of a kernel.
 
-A device's slice of a parameter is read from the files on its own (`place`), so that no host ever holds whole a parameter
-that is split over several hosts' devices. A checkpoint is written parameter by parameter (`Writer`).
+A checkpoint is written chunk by chunk, a .safetensors file tensor by tensor.
 """
 
-import ctypes
+import collections
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
-from jax.sharding import NamedSharding
-from orbax.checkpoint import v1 as ocp
 
-from lyrics_jax.hf.read import Index, Tensor
-from lyrics_jax.hf.table import Source
+from lyrics_jax.hf.read import SAFETENSORS_DTYPES, Index, Tensor
 
 _CHUNK = 2**26  # bytes of an array that are compressed, and can be read, by themselves
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-           "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}  # NumPy's names -> safetensors'
-_GROUP = 2**28  # bytes of parameters that are saved at once
+_AHEAD = 2  # chunks that are still being compressed and written while the next one is read
 
 
-def place(source: Source, path: str, like: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
-  """Our parameter with this path, laid out; every device's slice is read by itself, and nothing else."""
-  def read(index: Index) -> np.ndarray:
-    return source.read(path, index, like.dtype)
+def write_checkpoint(directory: epath.Path, tensors: Mapping[str, Tensor]) -> None:
+  """Writes the new directory `directory` as `ocp.StandardCheckpointer` would have written these arrays, by path.
 
-  return jax.make_array_from_callback(like.shape, sharding, read)
-
-
-def groups(shapes: dict[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
-  """Paths in order, so many at a time as are small together; a large one comes alone."""
-  group, total = [], 0
-  for path, shape in shapes.items():
-    size = shape.size * shape.dtype.itemsize
-    if group and total + size > _GROUP:
-      yield group
-      group, total = [], 0
-    group.append(path)
-    total += size
-  if group:
-    yield group
+  A stack of layers, [L, ...], is cut into layers, so that one can be written, and read again, without the others.
+  """
+  # Orbax looks for the handler of jax.Array too, and warns where there is none.
+  registry = ocp.type_handlers.create_type_handler_registry(
+      (Tensor, _TensorHandler()), (jax.Array, ocp.type_handlers.ArrayHandler()))
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
+    checkpointer.save(directory, args=ocp.args.PyTreeSave(
+        dict(tensors), save_args={path: _layout(tensor) for path, tensor in tensors.items()}))
 
 
-class Writer:
-  """Writes parameters, by path, to the new directory `directory`, as `training.checkpoint` reads them.
+def _layout(tensor: Tensor) -> ocp.SaveArgs:
+  layers = len(tensor.shape) > 2 and math.prod(tensor.shape) * tensor.dtype.itemsize > _CHUNK
+  return ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,) if layers else ())
 
-  Memory needed besides the parameters of one call is as much again: their compressed chunks.
+
+class _TensorHandler(ocp.type_handlers.NumpyHandler):
+  """Writes a `Tensor` where and how Orbax writes a NumPy array, but reads it only then, chunk by chunk.
+
+  Orbax' own handlers want the whole array in memory. The array's specification, hence the form and the place of its
+  chunks, is Orbax' all the same, as is everything around it (_METADATA, the manifest): whatever reads checkpoints reads
+  this one.
   """
 
-  def __init__(self, directory: epath.Path):
-    self._directory = directory
-    self._context = ocp.Context()
-    self._context.array.saving.storage_options.chunk_byte_size = _CHUNK
-    # A limit on what is written at once keeps Orbax from holding a copy of all of it in one transaction.
-    self._context.memory.write_concurrent_bytes = 2**40
-
-  def write(self, parameters: dict[str, jax.Array]) -> None:
-    with self._context:
-      ocp.partial.save(self._partial, parameters)
-    _give_memory_back()
-
-  def finish(self) -> None:
-    """Puts what was written in its place; to be called once, at the end."""
-    with self._context:
-      ocp.partial.finalize(self._partial)
-    (self._partial / "state").rename(self._directory)  # what is around it only Orbax' newer API reads
-    self._partial.rmtree()
-
-  @property
-  def _partial(self) -> epath.Path:
-    return self._directory.with_name(f"{self._directory.name}.orbax")
+  async def serialize(self, values, infos, args=None):
+    for tensor, info, arg in zip(values, infos, args, strict=True):
+      specification = ocp.type_handlers.get_json_tspec_write(
+          info, use_ocdbt=True, global_shape=tensor.shape, local_shape=tensor.shape, dtype=tensor.dtype,
+          process_index=0, arg=arg)
+      array = await tensorstore.open(specification, create=True, context=info.ts_context)
+      writing = collections.deque()
+      for index in _chunks(tensor.shape, array.chunk_layout.write_chunk.shape or ()):  # None of a scalar
+        while len(writing) >= _AHEAD:
+          await writing.popleft()
+        writing.append(array[index].write(tensor.read(index), can_reference_source_data_indefinitely=True))
+      for write in writing:
+        await write
+    return []  # futures: everything is written
 
 
-def write_all(directory: epath.Path, shapes: dict[str, jax.ShapeDtypeStruct], make: Callable[[str], jax.Array]) -> None:
-  """Writes the parameters that `make(path)` gives to the new directory, few at a time."""
-  writer = Writer(directory)
-  for group in groups(shapes):
-    writer.write({path: make(path) for path in group})
-  writer.finish()
+def _chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
+  """What each chunk of an array has of it, a slice per axis; Orbax chooses chunks that divide the array."""
+  return itertools.product(*([slice(start, start + step) for start in range(0, size, step)]
+                             for size, step in zip(shape, chunk, strict=True)))
 
 
 def write_safetensors(path: epath.Path, tensors: Mapping[str, Tensor]) -> None:
   """Writes a .safetensors file, one tensor in memory at a time (the library's own writer wants all of them)."""
+  # As in the library's files: what has the largest numbers comes first, so that every tensor is aligned.
+  ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
   header, end = {}, 0
-  for name, tensor in tensors.items():
-    dtype = tensor.read(tuple(slice(0, 0) for _ in tensor.shape)).dtype
-    start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-    header[name] = {"dtype": _DTYPES[dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
-  text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+  for name, tensor in ordered.items():
+    start, end = end, end + tensor.nbytes
+    header[name] = {"dtype": SAFETENSORS_DTYPES[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
+  text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()  # transformers refuses files without it
   text += b" " * (-len(text) % 8)
   with path.open("wb") as file:
     file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-      file.write(np.ascontiguousarray(tensor.read()).tobytes())
-
-
-def _give_memory_back() -> None:
-  """Hands freed memory back to the system: glibc keeps what the threads that compress chunks have used, gigabytes of it."""
-  trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-  if trim is not None:
-    trim(0)
+    for tensor in ordered.values():
+      file.write(np.ascontiguousarray(tensor.read()).view(np.uint8))

@@ -70,21 +70,24 @@ class Entry:
     """
     index = (slice(None),) * (len(self.shape) + self.stacked) if index is None else index
     if not self.stacked:
-      value = self._read_one(tensors[self.names[0]], index)
-      return value if dtype is None else value.astype(dtype)
+      return self._read_one(tensors[self.names[0]], index, dtype)
     names, result = self.names[index[0]], None
+    if len(names) == 1:
+      return self._read_one(tensors[names[0]], index[1:], dtype)[None]
     for place, name in enumerate(names):
-      value = self._read_one(tensors[name], index[1:])
+      value = self._read_one(tensors[name], index[1:], dtype)
       if result is None:
-        result = np.empty((len(names), *value.shape), value.dtype if dtype is None else dtype)
+        result = np.empty((len(names), *value.shape), value.dtype)
       result[place] = value
     return result
 
-  def _read_one(self, tensor: Tensor, index: Index) -> np.ndarray:
+  def _read_one(self, tensor: Tensor, index: Index, dtype: np.dtype | None) -> np.ndarray:
     order = self.form.order(len(index))
     if order is None:
-      return self.form.take(tensor.read())[index]
-    return self.form.take(tensor.read(tuple(index[axis] for axis in order)))
+      value = self.form.take(tensor.read())[index]
+    else:
+      value = self.form.take(tensor.read(tuple(index[axis] for axis in order)))
+    return value if dtype is None else value.astype(dtype, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +153,10 @@ class Source:
   def read(self, path: str, index: Index | None = None, dtype: np.dtype | None = None) -> np.ndarray:
     """As `Entry.read`, of our parameter with this path."""
     return self.entries[path].read(self.tensors, index, dtype)
+
+  def tensor(self, path: str, dtype: np.dtype) -> Tensor:
+    """Our parameter with this path, in this dtype, still unread."""
+    return Tensor(path, self.shape(path), np.dtype(dtype), lambda index: self.read(path, index, dtype))
 
   def require_known(self) -> None:
     """Raises `UserError` when there is a tensor that such weights do not have."""

@@ -1,26 +1,26 @@
 """A run's newest checkpoint as a Hugging Face directory, which works without this package and without JAX.
 
-`export` reads a few parameters at a time and writes shards of at most `SHARD_BYTES`, so that the host needs the memory
-of twice the largest parameter (one kernel of all layers, 5.7 GB in LLaMA-13B) and of one shard, not of a model.
+`export` reads and writes one tensor at a time, or where a chunk of the checkpoint holds more layers, that many.
 """
 
+import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import numpy as np
 import tokenizers
 from absl import logging
-from safetensors.numpy import save_file
 
 from lyrics_jax.config import Config
 from lyrics_jax.data.tokenizers import load_llm_tokenizer, load_mq_former_tokenizer
 from lyrics_jax.hf import hf_settings, lyrics_names, model_card
 from lyrics_jax.hf.lyrics_names import ADAPTER, ADAPTER_FILE, TRAINING
-from lyrics_jax.hf.read import INDEX, SINGLE
+from lyrics_jax.hf.read import INDEX, SINGLE, Index, Tensor
 from lyrics_jax.hf.stored import StoredRun
+from lyrics_jax.hf.stream import write_safetensors
 from lyrics_jax.hf.table import Entry
 from refiner_export.settings import require
 
@@ -29,7 +29,7 @@ MQ_FORMER_TOKENIZER = "mq_former_tokenizer"  # directory of that tokenizer insid
 MODULES = ("configuration_lyrics.py", "modeling_lyrics.py", "processing_lyrics.py")  # copied as they are
 
 LoRA = Literal["merge", "adapter"]
-Tensors = Iterable[tuple[str, np.ndarray]]
+Tensors = Mapping[str, Tensor]
 
 
 def export(checkpoint: str, output: str, lora: LoRA = "merge") -> None:
@@ -57,12 +57,12 @@ def export(checkpoint: str, output: str, lora: LoRA = "merge") -> None:
   try:
     # --- weights ---
     entries = lyrics_names.entries(config.model, shapes)
-    kept = [path for path in entries if not (apart and path.startswith("llm/"))]
-    _write_shards(temporary, _tensors(entries, run.read(kept, merged=not apart)))
+    kept = {path: entry for path, entry in entries.items() if not (apart and path.startswith("llm/"))}
+    _write_shards(temporary, _tensors(run, kept, merged=not apart))
     if apart:
       (temporary / ADAPTER).mkdir()
       adapter = lyrics_names.adapter_entries(config.model, shapes)
-      save_file(dict(_tensors(adapter, run.read(adapter))), temporary / ADAPTER / ADAPTER_FILE, {"format": "pt"})
+      write_safetensors(temporary / ADAPTER / ADAPTER_FILE, _tensors(run, adapter))
       _write_json(temporary / ADAPTER / "adapter_config.json", hf_settings.adapter_settings(config))
 
     # --- everything else ---
@@ -82,33 +82,33 @@ def export(checkpoint: str, output: str, lora: LoRA = "merge") -> None:
   logging.info("written: %s, step %d of %s", output, run.step, checkpoint)
 
 
-def _tensors(entries: Mapping[str, Entry], parameters: Iterable[tuple[str, np.ndarray]]) -> Tensors:
-  """What parameters, given by path, become in the file."""
-  for path, value in parameters:
-    yield from lyrics_names.give(entries[path], value)
-    del value  # which would else be in memory until the next one is read
+def _tensors(run: StoredRun, entries: Mapping[str, Entry], merged: bool = False) -> dict[str, Tensor]:
+  """What a run's parameters, by path, become in the file, by name there; the layers of a stack in order."""
+  def fetch(path: str, layer: int | None, index: Index) -> np.ndarray:
+    return entries[path].form.give(run.read(path, layer, merged))[index]
+
+  return {name: Tensor(name, entry.form.shape(entry.shape), run.dtype(path),
+                       functools.partial(fetch, path, layer if entry.stacked else None))
+          for path, entry in entries.items() for layer, name in enumerate(entry.names)}
 
 
 def _write_shards(directory: pathlib.Path, tensors: Tensors) -> None:
   """`model.safetensors`, or shards and their index."""
-  names_of, total = [], 0
-  for shard in _shards(tensors):
-    save_file(shard, directory / f"{len(names_of)}.part", {"format": "pt"})  # without it transformers refuses the file
-    names_of.append(list(shard))
-    total += sum(tensor.nbytes for tensor in shard.values())
-    del shard  # which would else be in memory until the next one is full
-  files = [f"model-{n + 1:05}-of-{len(names_of):05}.safetensors" for n in range(len(names_of))]
-  for number, file in enumerate(files):
-    (directory / f"{number}.part").rename(directory / (SINGLE if len(files) == 1 else file))
+  shards = list(_shards(tensors))
+  files = [SINGLE] if len(shards) == 1 else [
+      f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+  for file, shard in zip(files, shards):
+    write_safetensors(directory / file, shard)
   if len(files) > 1:
-    weight_map = {name: file for file, names in zip(files, names_of) for name in names}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
     _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(tensors: Tensors) -> Iterator[dict[str, np.ndarray]]:
+def _shards(tensors: Tensors) -> Iterator[Tensors]:
   """The tensors in groups of at most `SHARD_BYTES`, or of a single one that is larger."""
   shard, size = {}, 0
-  for name, tensor in tensors:
+  for name, tensor in tensors.items():
     if shard and size + tensor.nbytes > SHARD_BYTES:
       yield shard
       shard, size = {}, 0

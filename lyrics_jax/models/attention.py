@@ -3,7 +3,7 @@
 A row is one conversation or several behind each other; `segments` numbers them and is 0 on padding. A token sees the
 tokens of its own segment up to itself (padding sees padding, so that no query is blind and every kernel agrees).
 
-  xla     `layers.attend` with a dense mask, on any device; always used with a cache.
+  xla     `layers.attend_by_head` with a dense mask, on any device; always used with a cache.
   splash  JAX's Pallas kernel for TPUs, which needs no mask in memory and skips what causality hides. Under a mesh each
           device computes its own rows and heads. On other platforms it is interpreted, for tests.
   cudnn   the flash attention of NVIDIA's library, in 16 bits.
@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from lyrics_jax.config import Attention, LLMConfig
-from lyrics_jax.models.layers import ATTENTION, ROWS, Array, attend
+from lyrics_jax.models.layers import ATTENTION, ROWS, Array, attend_by_head
 from refiner_export.settings import require
 
 _HEADS = "tensor"  # the mesh axis over which `training/sharding.py` splits heads
@@ -29,7 +29,7 @@ _LONGEST_BLOCK = 512  # tokens; longer blocks skip less of the causal triangle a
 
 
 def causal_attention(segments: Array, config: LLMConfig, attention: Attention, dtype: jnp.dtype) -> Callable:
-  """A function of query [B, T, H, d], key and value [B, T, K, d] to [B, T, H, d], for rows of these segments, int32[B, T].
+  """A function of query [B, H, T, d], key and value [B, K, T, d] to [B, H, T, d], for rows of these segments, int32[B, T].
 
   Only a kernel that needs the dense mask has it made, once for all layers. Raises `UserError`, see `select`.
   """
@@ -38,8 +38,8 @@ def causal_attention(segments: Array, config: LLMConfig, attention: Attention, d
     return functools.partial(_splash, segments=segments)
   mask = causal_mask(segments)
   if chosen == "cudnn":
-    return functools.partial(jax.nn.dot_product_attention, mask=mask, implementation="cudnn")
-  return functools.partial(attend, mask=mask)
+    return functools.partial(_cudnn, mask=mask)
+  return functools.partial(attend_by_head, mask=mask)
 
 
 def causal_mask(segments: Array, slot: int | Array = 0, rows: int | None = None) -> Array:
@@ -105,29 +105,33 @@ def _cudnn_hindrance(length: int, config: LLMConfig, dtype: jnp.dtype) -> str:
   return f"a conversation of {length} tokens is odd, its gradient takes even ones" if length % 2 else ""
 
 
+def _cudnn(query: Array, key: Array, value: Array, mask: Array) -> Array:
+  tokens_first = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+  return jax.nn.dot_product_attention(*tokens_first, mask=mask, implementation="cudnn").transpose(0, 2, 1, 3)
+
+
 def _splash(query: Array, key: Array, value: Array, segments: Array) -> Array:
   mesh = jax.sharding.get_abstract_mesh()
   local = functools.partial(_splash_on_device, interpret=_platform(mesh) != "tpu")
   if mesh.empty:
     return local(query, key, value, segments)
-  heads = PartitionSpec(ROWS, None, _HEADS)
+  heads = PartitionSpec(ROWS, _HEADS)
   return jax.shard_map(local, in_specs=(heads, heads, heads, PartitionSpec(ROWS)), out_specs=heads, check_vma=False)(
       query, key, value, segments)  # a Pallas call does not say over which axes its result varies
 
 
 def _splash_on_device(query: Array, key: Array, value: Array, segments: Array, interpret: bool) -> Array:
-  length, heads, width = query.shape[1:]
+  heads, length, width = query.shape[1:]
   block, padded = _blocks(length)
-  pad = lambda x: jnp.pad(x, [(0, 0), (0, padded - length)] + [(0, 0)] * (x.ndim - 2))
-  heads_first = lambda x: pad(x).transpose(0, 2, 1, 3)
+  pad = lambda x, axis: jnp.pad(x, [(0, padded - length if n == axis else 0) for n in range(x.ndim)])
   blocks = {name: block for name in ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")}
   mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((padded, padded))] * heads)
   kernel = splash.make_splash_mha(mask, block_sizes=splash.BlockSizes(**blocks), head_shards=1, q_seq_shards=1,
                                   residual_checkpoint_name=ATTENTION, interpret=interpret)
   scaled = (query.astype(jnp.float32) / math.sqrt(width)).astype(query.dtype)
-  ids = splash.SegmentIds(pad(segments), pad(segments))
-  out = jax.vmap(kernel)(heads_first(scaled), heads_first(key), heads_first(value), ids)
-  return out.transpose(0, 2, 1, 3)[:, :length].astype(query.dtype)
+  ids = splash.SegmentIds(pad(segments, 1), pad(segments, 1))
+  out = jax.vmap(kernel)(pad(scaled, 2), pad(key, 2), pad(value, 2), ids)
+  return out[:, :, :length].astype(query.dtype)
 
 
 def _blocks(length: int) -> tuple[int, int]:

@@ -25,7 +25,8 @@ xavier_uniform = jax.nn.initializers.xavier_uniform()
 normal = jax.nn.initializers.normal(0.02)
 
 ROWS = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
-ATTENTION = "attention"  # the name of attention's results, by which a remat policy may keep them
+# Names of results, by which a remat policy may keep them: of attention, and of a linear map with what was done to it at once.
+ATTENTION, LINEAR = "attention", "linear"
 
 _UNSEEN = jnp.finfo(jnp.float32).min  # in place of the score of a key that a query may not see
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -41,7 +42,12 @@ def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: Logi
 
 
 class Linear(nnx.Module):
-  """x: [..., n] -> [..., m]. With `int8` the kernel is quantised (see `quantised.py`) and not to be trained."""
+  """x: [..., n] -> [..., m]. With `int8` the kernel is quantised (see `quantised.py`) and not to be trained.
+
+  `to_heads` and `from_heads` are the same map, with heads before tokens on one side, as attention wants them: the product itself
+  lays them out so, where turning its result around would copy a whole array twice on a TPU. `key` is for dropout, of
+  which there is none here (see `lora.py`).
+  """
 
   def __init__(self, n: int, m: int, axes: LogicalAxes, *, rngs: nnx.Rngs, bias: bool = True,
                init: Callable = lecun_normal, int8: bool = False):
@@ -54,11 +60,31 @@ class Linear(nnx.Module):
       self.kernel, self.kernel_scale = kernel, None
     self.bias = parameter(rngs, jax.nn.initializers.zeros, (m,), (axes[1],)) if bias else None
 
-  def __call__(self, x: Array) -> Array:
-    y = x @ self.kernel[...].astype(x.dtype)
+  def __call__(self, x: Array, key: Array | None = None) -> Array:
+    return self._scaled(x @ self.kernel[...].astype(x.dtype), lambda a: a)
+
+  def to_heads(self, x: Array, heads: int, key: Array | None = None) -> Array:
+    """[B, T, n] -> [B, H, T, d], H*d = m."""
+    return self._scaled(product_to_heads(x, self.kernel[...], heads), lambda a: a.reshape(heads, 1, -1))
+
+  def from_heads(self, x: Array, key: Array | None = None) -> Array:
+    """[B, H, T, d] -> [B, T, m], H*d = n."""
+    return self._scaled(product_from_heads(x, self.kernel[...]), lambda a: a)
+
+  def _scaled(self, y: Array, spread: Callable[[Array], Array]) -> Array:
     if self.kernel_scale is not None:
-      y = y * self.kernel_scale[...].astype(x.dtype)
-    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+      y = y * spread(self.kernel_scale[...]).astype(y.dtype)
+    return y if self.bias is None else y + spread(self.bias[...]).astype(y.dtype)
+
+
+def product_to_heads(x: Array, kernel: Array, heads: int) -> Array:
+  """[B, T, n], [n, H*d] -> [B, H, T, d] in the dtype of x."""
+  return jnp.einsum("btn,nhd->bhtd", x, kernel.astype(x.dtype).reshape(len(kernel), heads, -1))
+
+
+def product_from_heads(x: Array, kernel: Array) -> Array:
+  """[B, H, T, d], [H*d, m] -> [B, T, m] in the dtype of x."""
+  return jnp.einsum("bhtd,hdm->btm", x, kernel.astype(x.dtype).reshape(x.shape[1], x.shape[3], -1))
 
 
 class Embedding(nnx.Module):
@@ -110,6 +136,11 @@ def merge_heads(x: Array) -> Array:
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+  """`attend_by_head` with tokens first: [B, Tq, H, d], [B, Tk, K, d] twice -> [B, Tq, H, d]."""
+  return attend_by_head(*(x.transpose(0, 2, 1, 3) for x in (query, key, value)), mask).transpose(0, 2, 1, 3)
+
+
+def attend_by_head(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
   """Scaled dot-product attention, softmax in float32.
 
   No scores are stored: the backward pass computes them again from each query's normaliser, by the formulas of flash
@@ -117,20 +148,18 @@ def attend(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
   more than the one product that replaces them.
 
   Args:
-    query: [B, Tq, H, d]. key, value: [B, Tk, K, d], K dividing H (grouped queries).
+    query: [B, H, Tq, d]. key, value: [B, K, Tk, d], K dividing H (grouped queries).
     mask: bool[B, 1, Tq or 1, Tk], True where the query may look, or None for everywhere.
 
   Returns:
-    [B, Tq, H, d]; zero for a query that may look nowhere, so that an absent source adds nothing.
+    [B, H, Tq, d]; zero for a query that may look nowhere, so that an absent source adds nothing.
   """
-  batch, rows, heads, width = query.shape
-  groups = heads // key.shape[2]
-  # The queries that share a key stand in one row of its head; heads stand before tokens, as batched products want them.
-  query = query.reshape(batch, rows, -1, groups, width).transpose(0, 2, 3, 1, 4).reshape(batch, -1, groups * rows, width)
+  groups = query.shape[1] // key.shape[1]
   if mask is not None and mask.shape[2] > 1:
     mask = jnp.tile(mask, (1, 1, groups, 1))
-  out = _attend(query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), mask)
-  return out.reshape(batch, -1, groups, rows, width).transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, width)
+  # The queries that share a key stand in one row of its head.
+  rows = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+  return _attend(rows, key, value, mask).reshape(query.shape)
 
 
 @jax.custom_vjp
@@ -173,10 +202,16 @@ _attend.defvjp(_forward, _backward)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-  """Inverted dropout; without a key (evaluation) the identity."""
+  """Inverted dropout; without a key (evaluation) the identity. The rate is met to 2^-17.
+
+  A random word serves two numbers, and they are drawn once, behind a barrier: where a product takes the result, a TPU's compiler
+  would draw them inside it, as often as there are products, and that takes longer than the products of LoRA do.
+  """
   if key is None or rate == 0:
     return x
-  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+  words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 2)), jnp.uint32)
+  halves = jnp.concatenate([words & 0xffff, words >> 16], axis=-1)[..., :x.shape[-1]]
+  keep = jax.lax.optimization_barrier(halves >= round(rate * 2**16))
   return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
@@ -199,7 +234,9 @@ def keep_rows(x: Array) -> Array:
 
 # What is kept of a block for its backward pass besides its input; without a policy, nothing.
 _REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of linear maps
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENTION)),
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),  # attention is the dearest to compute again
     "full": None,
 }
@@ -219,8 +256,8 @@ class Stack(nnx.Module):
     Args:
       xs: pytree whose leaves have a leading axis of length `depth`, one slice per block.
       key: random key, split into one per block.
-      remat: what the backward pass recomputes: nothing ("none"), everything but linear maps ("dots"), everything but
-        attention ("attention"), or everything ("full").
+      remat: what the backward pass recomputes: nothing ("none"), everything but linear maps and attention ("dots"), everything
+        but attention ("attention"), or everything ("full").
       last: `step` of the last block, where it differs; that block is then compiled for itself and its y dropped.
 
     Returns:

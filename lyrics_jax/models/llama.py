@@ -7,36 +7,45 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lyrics_jax.config import Attention, LLMConfig, Remat
 from lyrics_jax.models.attention import causal_attention, causal_mask
-from lyrics_jax.models.layers import (Array, Embedding, Linear, LogicalAxes, RMSNorm, Stack, attend, merge_heads, split_heads,
-                                      split_key)
+from lyrics_jax.models.layers import LINEAR, Array, Embedding, Linear, LogicalAxes, RMSNorm, Stack, attend_by_head, split_key
 from lyrics_jax.models.lora import LoRALinear
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Cache:
-  """Keys and values of what was read so far: [L, B, S, K, d] each, S slots."""
+  """Keys and values of what was read so far: [L, B, K, S, d] each, S slots."""
   keys: Array
   values: Array
 
 
 def rotary(x: Array, positions: Array, theta: float) -> Array:
-  """Rotates halves (x_i, x_{i+d/2}) of [B, T, H, d] by angles positions * theta^(-2i/d); positions: int32[B, T].
+  """Rotates halves (x_i, x_{i+d/2}) of [B, H, T, d] by angles positions * theta^(-2i/d); positions: int32[B, T].
 
   Halves change places in a product with a permutation, which is exact: slices of a TPU's lanes would have the compiler turn
   whole arrays around before and after.
   """
   half = x.shape[-1] // 2
   frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None].astype(jnp.float32) * frequencies
-  cos, sin = (jnp.concatenate([first, second], axis=-1)[:, :, None] for first, second in (
-      (jnp.cos(angles),) * 2, (-jnp.sin(angles), jnp.sin(angles))))
+  angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+  cos, sin = (jnp.concatenate(halves, axis=-1) for halves in (
+      (jnp.cos(angles), jnp.cos(angles)), (-jnp.sin(angles), jnp.sin(angles))))
   swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=0)
   swapped = jnp.matmul(x, swap, precision=jax.lax.Precision.HIGHEST)
-  return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
+  return checkpoint_name((x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype), LINEAR)
+
+
+@jax.custom_vjp
+def _gradient_once(x: Array) -> Array:
+  """The identity, whose gradient stands behind a barrier, so that it is computed once and not inside each product."""
+  return x
+
+
+_gradient_once.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
 
 
 class LLaMABlock(nnx.Module):
@@ -60,24 +69,21 @@ class LLaMABlock(nnx.Module):
 
   def __call__(self, x: Array, positions: Array, attention: Callable, cache: tuple[Array, Array] | None, slot,
                key: Array | None):
-    keys = split_key(key, 7)
-
-    def apply(linear: Linear, x: Array, key: Array | None) -> Array:
-      return linear(x, key) if isinstance(linear, LoRALinear) else linear(x)
-
+    config, keys = self.config, split_key(key, 7)
     y = self.attention_norm(x)
-    q = rotary(split_heads(apply(self.q, y, keys[0]), self.config.heads), positions, self.config.rope_theta)
-    k = rotary(split_heads(apply(self.k, y, keys[1]), self.config.kv_heads), positions, self.config.rope_theta)
-    v = split_heads(apply(self.v, y, keys[2]), self.config.kv_heads)
+    q = rotary(self.q.to_heads(y, config.heads, keys[0]), positions, config.rope_theta)
+    k = rotary(self.k.to_heads(y, config.kv_heads, keys[1]), positions, config.rope_theta)
+    v = self.v.to_heads(y, config.kv_heads, keys[2])
     if cache is not None:
-      k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1)
+      k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
                            for old, new in zip(cache, (k, v)))
-    x = x + apply(self.o, merge_heads(attention(q, k, v)), keys[3])
-    # Behind barriers norm and gate are computed once. A TPU's compiler would fuse them into the products, forward and
-    # backward, and compute them again for each of their tiles.
+    x = x + self.o.from_heads(attention(q, k, v), keys[3])
+    # Behind barriers norm and gate, and the gradients of both its factors, are computed once. A TPU's compiler would fuse them
+    # into the products and compute them again for each of their tiles.
     y = jax.lax.optimization_barrier(self.mlp_norm(x))
-    y = jax.lax.optimization_barrier(jax.nn.silu(apply(self.gate, y, keys[4])) * apply(self.up, y, keys[5]))
-    return x + apply(self.down, y, keys[6]), cache
+    gate, up = _gradient_once(self.gate(y, keys[4])), _gradient_once(self.up(y, keys[5]))
+    y = jax.lax.optimization_barrier(jax.nn.silu(gate) * up)
+    return x + self.down(y, keys[6]), cache
 
 
 class LLaMA(nnx.Module):
@@ -105,7 +111,7 @@ class LLaMA(nnx.Module):
     if cache is None:
       attention = causal_attention(segments, self.config, self.attention, embeddings.dtype)
     else:
-      attention = functools.partial(attend, mask=causal_mask(segments, slot, embeddings.shape[1]))
+      attention = functools.partial(attend_by_head, mask=causal_mask(segments, slot, embeddings.shape[1]))
 
     def step(block, x, layer_cache, key):
       return block(x, positions, attention, layer_cache, slot, key)
@@ -119,5 +125,5 @@ class LLaMA(nnx.Module):
     return jnp.matmul(hidden, self.head.kernel[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
 
   def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    shape = (self.config.layers, batch, slots, self.config.kv_heads, self.config.width // self.config.heads)
+    shape = (self.config.layers, batch, self.config.kv_heads, slots, self.config.width // self.config.heads)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

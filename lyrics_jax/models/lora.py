@@ -2,9 +2,11 @@
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lyrics_jax.config import LoRAConfig
-from lyrics_jax.models.layers import Array, Linear, LogicalAxes, dropout, parameter
+from lyrics_jax.models.layers import (LINEAR, Array, Linear, LogicalAxes, dropout, parameter, product_from_heads,
+                                      product_to_heads)
 
 # PEFT's initialisation of A: Kaiming uniform with a = sqrt(5), i.e. uniform within 1 / sqrt(fan_in).
 _init_a = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -21,4 +23,15 @@ class LoRALinear(Linear):
 
   def __call__(self, x: Array, key: Array | None = None) -> Array:
     low = dropout(x, self.rate, key) @ self.lora_a[...].astype(x.dtype)
-    return super().__call__(x) + self.scale * (low @ self.lora_b[...].astype(x.dtype))
+    return self._sum(super().__call__(x), low @ self.lora_b[...].astype(x.dtype))
+
+  def to_heads(self, x: Array, heads: int, key: Array | None = None) -> Array:
+    low = dropout(x, self.rate, key) @ self.lora_a[...].astype(x.dtype)
+    return self._sum(super().to_heads(x, heads), product_to_heads(low, self.lora_b[...], heads))
+
+  def from_heads(self, x: Array, key: Array | None = None) -> Array:
+    low = product_from_heads(dropout(x, self.rate, key), self.lora_a[...])
+    return self._sum(super().from_heads(x), low @ self.lora_b[...].astype(x.dtype))
+
+  def _sum(self, frozen: Array, adapted: Array) -> Array:
+    return checkpoint_name(frozen + self.scale * adapted, LINEAR)

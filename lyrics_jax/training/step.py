@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lyrics_jax.stages.base import Batch, Loss
+from lyrics_jax.training.compiler import compiler_options
 from lyrics_jax.training.parameters import ParameterPlan, Parameters
 from lyrics_jax.training.sharding import BATCH
 
@@ -62,7 +63,7 @@ def make_train_step(plan: ParameterPlan, optimizer: optax.GradientTransformation
   frozen_shardings = {path: shardings[path] for path in plan.paths(trained=False)}
   return jax.jit(train_step, donate_argnums=0,
                  in_shardings=(state_shardings, frozen_shardings, NamedSharding(mesh, BATCH), everywhere),
-                 out_shardings=(state_shardings, everywhere))
+                 out_shardings=(state_shardings, everywhere), compiler_options=compiler_options(mesh))
 
 
 def state_sharding(plan: ParameterPlan, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

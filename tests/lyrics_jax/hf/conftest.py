@@ -18,5 +18,5 @@ def make_config():
 
 @pytest.fixture(scope="session")
 def python_alone(tmp_path_factory) -> pathlib.Path:
-  """A Python that has torch, transformers and Pillow, and nothing of what this project is made with."""
+  """A Python that has torch and transformers, and nothing else of what this project is made with."""
   return make_environment(tmp_path_factory.mktemp("alone") / "environment")

@@ -1,8 +1,7 @@
 """A Python environment of its own, in which what a user of an exported directory installs is all that there is.
 
-That is `pip install torch transformers pillow`, and what these require. Pillow is named by itself: the processor reads
-and resizes pictures with it, and neither of the other two requires it. Nothing is downloaded: the environment is made of
-links to what the running Python has installed.
+That is `pip install torch transformers`, and what these require; Pillow, which some of their parts use, is not among it.
+Nothing is downloaded: the environment is made of links to what the running Python has installed.
 """
 
 import importlib.metadata
@@ -15,7 +14,7 @@ from collections.abc import Iterable
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-INSTALLED = ("torch", "transformers", "pillow")
+INSTALLED = ("torch", "transformers")
 File = tuple[str, pathlib.Path, tuple[str, ...]]  # its distribution, a place on its way, the rest of its path
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 import tiny
@@ -11,6 +12,7 @@ from lavis_layout import random_clip, with_noise
 
 from lyrics_jax.config import Config
 from lyrics_jax.hf import lyrics_names
+from lyrics_jax.hf.table import Entry
 
 
 def save_clip(config: Config, directory, text: bool = False, extra_layers: int = 0, **saving) -> transformers.CLIPVisionModel:
@@ -38,14 +40,20 @@ def llama(config: Config) -> transformers.LlamaForCausalLM:
       rope_parameters={"rope_type": "default", "rope_theta": llm.rope_theta}, tie_word_embeddings=False)).eval())
 
 
+def given(entries: Mapping[str, Entry], parameters: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+  """The tensors that parameters, by path, become, by the names that the entries give them."""
+  layers = lambda path, entry: np.asarray(parameters[path]) if entry.stacked else [np.asarray(parameters[path])]
+  return {name: torch.tensor(entry.form.give(layer)) for path, entry in entries.items()
+          for name, layer in zip(entry.names, layers(path, entry), strict=True)}
+
+
 def trained_llama(config: Config, parameters) -> transformers.LlamaForCausalLM:
   """The language model of a run with these parameters, by path, as it was before LoRA: what a user would bring."""
   entries = lyrics_names.entries(config.model, {path: shape for path, shape in tiny.make_plan(config).shapes.items()
                                                 if path.startswith("llm/")})
   model = llama(config)
-  model.load_state_dict({name.removeprefix(lyrics_names.LANGUAGE_PREFIX): torch.tensor(tensor)
-                         for path, entry in entries.items()
-                         for name, tensor in lyrics_names.give(entry, np.asarray(parameters[path]))})
+  model.load_state_dict({name.removeprefix(lyrics_names.LANGUAGE_PREFIX): tensor
+                         for name, tensor in given(entries, parameters).items()})
   return model
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -201,6 +202,20 @@ def test_any_kind_of_picture(make_pair):
   exif = turned.getexif()
   exif[0x0112] = 6  # turn by 270 degrees to see it upright
   assert torch.equal(processor(images=turned, text="What?")["pixel_values"], image)
+
+
+def test_a_picture_of_the_models_own_size_needs_no_pillow(make_pair, monkeypatch):
+  processor = make_pair()[1]
+  picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+  expected = processor(images=picture, text="What?")["pixel_values"]
+  size = processor.settings["image_size"]
+  pixels = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+  monkeypatch.setitem(sys.modules, "PIL", None)
+  assert torch.equal(processor(images=pixels, text="What?")["pixel_values"], expected)
+  assert processor(text="What?")["pixel_values"].shape == expected.shape  # and no picture at all
+  for other in (pixels[1:], pixels.astype(np.float32), b"a file"):
+    with pytest.raises(ImportError, match=rf"pip install pillow. Without it, give uint8 arrays of shape \({size}, {size}, 3\)"):
+      processor(images=other, text="What?")
 
 
 @pytest.mark.parametrize("answer", ["at (0.125,0.5),(1.000,0.75)", "(125,500),(999,750) and (0.1,0.2),(0.3", "nowhere"])

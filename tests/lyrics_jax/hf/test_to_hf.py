@@ -1,6 +1,7 @@
 """What an exported directory holds, that nothing of the weights is lost, and that it works where there is no JAX."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from published import trained_llama
 from safetensors.numpy import load_file
 from saved_run import MANIFEST, make_run_config, save_run
@@ -163,7 +165,7 @@ def test_shards_hold_the_same(exported, tmp_path, monkeypatch):
 # What a user writes, where nothing of what this project is made with is installed.
 ALONE = """
 import importlib.util, json, sys
-names = "jax", "jaxlib", "flax", "orbax", "optax", "peft", "accelerate", "lyrics_jax", "refiner_export"
+names = "jax", "jaxlib", "flax", "orbax", "optax", "peft", "accelerate", "lyrics_jax", "refiner_export", "PIL"
 assert [name for name in names if importlib.util.find_spec(name)] == []
 import numpy as np, torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
@@ -171,29 +173,37 @@ directory, inputs, new = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
 processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
 model = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
 RefinerFeatures = sys.modules[type(processor).__module__].RefinerFeatures
-features = RefinerFeatures(**{name: inputs[name] for name in inputs.files[1:]})
-prompts = json.loads(sys.argv[4])
-batch = processor(images=inputs["image"].tobytes(), text=prompts, refined=features)
+features = RefinerFeatures(**{name: inputs[name] for name in inputs.files if name != "image"})
+prompts, image = json.loads(sys.argv[4]), inputs["image"]
+batch = processor(images=image, text=prompts, refined=features)
 generated = model.generate(**batch, max_new_tokens=new)
 alone = [processor.answers(model.generate(**one, max_new_tokens=new), one["input_ids"])[0]
-         for one in (processor(images=inputs["image"].tobytes(), text=prompt, refined=features) for prompt in prompts)]
+         for one in (processor(images=image, text=prompt, refined=features) for prompt in prompts)]
 others = [kind.from_pretrained(directory, trust_remote_code=True)
           for kind in (AutoModelForCausalLM, AutoModelForImageTextToText)]
 pairs = AutoProcessor.from_pretrained(sys.argv[5], trust_remote_code=True)(
-    images=inputs["image"].tobytes(), text=prompts, refined=features)
+    images=image, text=prompts, refined=features)
 aligned = AutoModel.from_pretrained(sys.argv[5], trust_remote_code=True, dtype=torch.float32).eval()
-print(json.dumps({"batch": processor.answers(generated, batch["input_ids"]), "alone": alone,
+try:
+  processor(images=image[1:], text=prompts)
+except ImportError as error:
+  refusal = str(error)
+print(json.dumps({"refusal": refusal, "batch": processor.answers(generated, batch["input_ids"]), "alone": alone,
                   "classes": [type(each).__name__ for each in (processor, model, *others, aligned)],
                   "similarities": aligned(**pairs).logits_per_image.shape}))
 """
 
 
-def run_alone(python, directory, align, record, tmp_path) -> dict:
-  """What `ALONE` prints; -I keeps out PYTHONPATH, the working directory and the user's own site directory."""
+def run_alone(python, directory, align, record, size, tmp_path) -> dict:
+  """What `ALONE` prints; -I keeps out PYTHONPATH, the working directory and the user's own site directory.
+
+  The picture is resized here.
+  """
   features = RefinerFeatures(tags=record.tags, boxes=record.boxes, mask_features=record.mask_features,
                              detection_features=record.detection_features, detection_boxes=record.detection_boxes,
                              text_boxes=record.text_boxes)
-  np.savez(tmp_path / "inputs.npz", image=np.frombuffer(record.image, np.uint8), **vars(features))
+  image = Image.open(io.BytesIO(record.image)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+  np.savez(tmp_path / "inputs.npz", image=np.asarray(image), **vars(features))
   environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
   line = [str(python), "-I", "-c", ALONE, str(directory), str(tmp_path / "inputs.npz"), str(NEW), json.dumps(PROMPTS),
           str(align)]
@@ -210,7 +220,10 @@ def answers(exported, records) -> list[str]:
 def test_the_same_answers_where_there_is_no_jax(exported, records, answers, python_alone, tmp_path):
   """Greedy texts of prompts of different lengths, in one batch and one by one, in an environment of their own."""
   assert len(set(answers)) > 1 and all(answers)
-  got = run_alone(python_alone, exported.merged, exported.align, records[0], tmp_path)
+  size = exported.config.model.vision.image_size
+  got = run_alone(python_alone, exported.merged, exported.align, records[0], size, tmp_path)
+  assert got.pop("refusal") == ("images: Pillow is needed to decode and resize pictures: pip install pillow. Without it, "
+                                f"give uint8 arrays of shape ({size}, {size}, 3)")
   assert got == {"batch": answers, "alone": answers, "similarities": [len(PROMPTS)] * 2, "classes": [
       "LyricsProcessor", *["LyricsForConditionalGeneration"] * 3, "LyricsForAlignment"]}
 

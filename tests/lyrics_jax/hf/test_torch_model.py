@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from published import given
 from saved_run import random_parameters
 
 from lyrics_jax.hf import hf_settings, lyrics_names
@@ -19,9 +20,7 @@ def build(config, parameters) -> torch.nn.Module:
   kind = LyricsForAlignment if config.stage == "align" else LyricsForConditionalGeneration
   model = kind(kind.config_class(**hf_settings.model_settings(config, apart=False))).eval()
   entries = lyrics_names.entries(config.model, tiny.make_plan(config).shapes)
-  state = {name: torch.tensor(tensor) for path, entry in entries.items()
-           for name, tensor in lyrics_names.give(entry, np.asarray(parameters[path]))}
-  model.load_state_dict(state)  # strict: every tensor has a place, every place a tensor
+  model.load_state_dict(given(entries, parameters))  # strict: every tensor has a place, every place a tensor
   return model
 
 

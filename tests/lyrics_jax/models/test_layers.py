@@ -80,9 +80,14 @@ def test_rematerialisation_changes_nothing(remat):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), same_gradient, gradient)
 
 
-def test_dropout_keeps_the_mean():
-  x = jnp.ones((200, 200))
+@pytest.mark.parametrize("width", [200, 201])
+def test_dropout_keeps_the_mean(width):
+  x = jnp.ones((200, width))
   out = np.asarray(dropout(x, 0.25, jax.random.key(0)))
   assert set(np.unique(out)) == {0, np.float32(1 / 0.75)}
   assert out.mean() == pytest.approx(1, abs=0.015)  # five standard deviations of 40,000 draws
+  # The halves of a row, whose numbers share their random words, are dropped each with this rate and independently.
+  first, second = out[:, :100] > 0, out[:, -100:] > 0
+  for kept, share in ((first, 0.75), (second, 0.75), (first & second, 0.75**2)):
+    assert kept.mean() == pytest.approx(share, abs=0.018)  # five standard deviations of 20,000 draws
   assert dropout(x, 0.25, None) is x and dropout(x, 0.0, jax.random.key(0)) is x

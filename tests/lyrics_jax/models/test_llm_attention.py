@@ -26,20 +26,20 @@ def llm(heads=4, kv_heads=2, width=8):
 
 def run(name, query, key, value, segments=SEGMENTS):
   """One kernel's output at real tokens, and the gradients of a weighted sum of it."""
-  weights = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32) * (segments > 0)[..., None, None]
+  weights = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32) * (segments > 0)[:, None, :, None]
 
   @jax.jit
   def outputs(*inputs):
-    out, pullback = jax.vjp(causal_attention(segments, llm(query.shape[2], key.shape[2]), name, query.dtype), *inputs)
+    out, pullback = jax.vjp(causal_attention(segments, llm(query.shape[1], key.shape[1]), name, query.dtype), *inputs)
     return out, *pullback(weights)
 
   out, *gradients = map(np.asarray, outputs(query, key, value))
-  return out[segments > 0], *gradients
+  return out.transpose(0, 2, 1, 3)[segments > 0], *gradients
 
 
 def inputs(heads, kv_heads):
   rng = np.random.default_rng(0)
-  return [jnp.asarray(rng.standard_normal((BATCH, LENGTH, n, 8)), jnp.float32) for n in (heads, kv_heads, kv_heads)]
+  return [jnp.asarray(rng.standard_normal((BATCH, n, LENGTH, 8)), jnp.float32) for n in (heads, kv_heads, kv_heads)]
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +67,13 @@ def test_xla_equals_a_softmax_over_the_own_segment():
   for row, token in ((0, 0), (0, 69), (0, 70), (0, 119), (2, 128), (3, 60)):
     own = [t for t in range(token + 1) if SEGMENTS[row, t] == SEGMENTS[row, token]]
     for head in range(2):
-      scores = np.asarray(k)[row, own, 0] @ np.asarray(q)[row, token, head] / np.sqrt(8)
+      scores = np.asarray(k)[row, 0, own] @ np.asarray(q)[row, head, token] / np.sqrt(8)
       weights = np.exp(scores - scores.max())
-      np.testing.assert_allclose(out[row, token, head], weights / weights.sum() @ np.asarray(v)[row, own, 0], atol=1e-5)
+      np.testing.assert_allclose(out[row, head, token], weights / weights.sum() @ np.asarray(v)[row, 0, own], atol=1e-5)
 
 
 def test_only_xla_makes_a_dense_mask():
-  shapes = [jax.ShapeDtypeStruct((BATCH, LENGTH, n, 8), jnp.float32) for n in (4, 2, 2)]
+  shapes = [jax.ShapeDtypeStruct((BATCH, n, LENGTH, 8), jnp.float32) for n in (4, 2, 2)]
   square = {name: f"[{BATCH},1,{LENGTH},{LENGTH}]" in str(jax.make_jaxpr(
       lambda *inputs: causal_attention(jnp.asarray(SEGMENTS), llm(), name, jnp.float32)(*inputs))(*shapes))
             for name in ("xla", "splash")}

@@ -1,5 +1,7 @@
 """Accumulated gradients, updates that are refused, and what frozen parameters cost."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import tiny
 
 from lyrics_jax.config import MeshConfig
+from lyrics_jax.training.compiler import compiler_options
 from lyrics_jax.training.optimizer import learning_rate, make_optimizer
 from lyrics_jax.training.sharding import global_batch
 from lyrics_jax.training.step import initial_state, make_train_step
@@ -92,3 +95,11 @@ def test_frozen_parameters_have_no_optimizer_state(train):
   assert {plan.shapes[path].dtype for path in plan.paths(True)} == {jnp.dtype("float32")}
   adam = optax.tree.get(state, "mu")
   assert adam.keys() == trained.keys()
+
+
+@pytest.mark.parametrize("platform, kind, said", [
+    ("cpu", "cpu", set()), ("cuda", "NVIDIA H100", set()), ("tpu", "TPU v4", {"xla_jf_spmd_threshold_for_windowed_einsum_mib"}),
+    ("tpu", "TPU v5", {"xla_jf_spmd_threshold_for_windowed_einsum_mib", "xla_tpu_scoped_vmem_limit_kib"})])
+def test_what_the_compiler_is_told_goes_by_the_device(platform, kind, said):
+  device = types.SimpleNamespace(platform=platform, device_kind=kind)
+  assert set(compiler_options(types.SimpleNamespace(devices=np.array([[device]])))) == said
