@@ -1,9 +1,9 @@
 """BLIP-2's Q-Former (Li et al. 2023), from which the MQ-Former starts: the names of its weights.
 
 Two layouts are read: LAVIS' (`blip2_pretrained_vitL.pth`, with CLIP's image encoder in OpenAI's names where the file has
-one) and Hugging Face's (`Blip2ForImageTextRetrieval`, with its ViT-g where config.model.vision.kind = "eva";
-`Blip2QFormerModel`, `InstructBlipQFormerModel`). The table is in
-LAVIS' names; `lavis_name` translates the others. What BLIP-2 lacks (grounding queries and their cross-attention, local
+one; `blip2_pretrained.pth`, of ViT-g) and Hugging Face's (`Blip2ForImageTextRetrieval`; `Blip2QFormerModel`,
+`InstructBlipQFormerModel`). A ViT-g in the file is read where config.model.vision.kind = "eva". The table is in LAVIS'
+names, but for ViT-g's (see `eva_names.py`); `lavis_name` translates the others. What BLIP-2 lacks (grounding queries and their cross-attention, local
 tokens, the rows of added words) stays as initialised.
 """
 
@@ -97,7 +97,7 @@ def find(path: epath.Path, config: ModelConfig, shapes: Mapping[str, jax.ShapeDt
   """
   tensors = {lavis_name(name): tensor for name, tensor in read_tensors(path).items()}
   if config.vision.kind == "eva":
-    tensors = {eva_names.image_norm(name): tensor for name, tensor in tensors.items()}
+    tensors = {eva_names.image_norm(name): tensor for name, tensor in eva_names.from_lavis(tensors).items()}
   _check_structure(str(path), tensors, config)
   entries = q_former_entries(config, shapes)
   source = account(str(path), tensors, entries, REQUIRED.__contains__, _remedy, LEFT_OVER)

@@ -71,6 +71,28 @@ def image_encoder(clip: transformers.CLIPVisionModel) -> dict[str, torch.Tensor]
   return {f"visual_encoder.{name}": tensor.detach() for name, tensor in tensors.items()}
 
 
+_VIT_G = {"embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed",
+          "embeddings.patch_embedding.weight": "patch_embed.proj.weight",
+          "embeddings.patch_embedding.bias": "patch_embed.proj.bias"}
+_VIT_G_BLOCK = {"layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.projection": "attn.proj", "mlp.fc1": "mlp.fc1",
+                "mlp.fc2": "mlp.fc2"}
+
+
+def vit_g(vision: torch.nn.Module) -> dict[str, torch.Tensor]:
+  """A `Blip2VisionModel` whose keys have no bias in LAVIS' names, and the norm behind it."""
+  theirs = vision.state_dict()
+  tensors = {f"visual_encoder.{ours}": theirs[name] for name, ours in _VIT_G.items()}
+  for n in range(vision.config.num_hidden_layers):
+    layer, block = f"encoder.layers.{n}", f"visual_encoder.blocks.{n}"
+    query, key, value = theirs[f"{layer}.self_attn.qkv.bias"].chunk(3)
+    assert not key.any()
+    tensors |= {f"{block}.attn.q_bias": query, f"{block}.attn.v_bias": value,
+                f"{block}.attn.qkv.weight": theirs[f"{layer}.self_attn.qkv.weight"]}
+    tensors |= {f"{block}.{ours}.{kind}": theirs[f"{layer}.{name}.{kind}"]
+                for name, ours in _VIT_G_BLOCK.items() for kind in ("weight", "bias")}
+  return tensors | {f"ln_vision.{kind}": theirs[f"post_layernorm.{kind}"] for kind in ("weight", "bias")}
+
+
 def random_clip(config: Config) -> transformers.CLIPVisionModel:
   """Hugging Face's image encoder of the sizes of `config.model.vision`, with noise on every parameter."""
   vision = config.model.vision

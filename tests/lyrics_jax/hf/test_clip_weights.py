@@ -9,7 +9,7 @@ import torch
 import transformers
 from etils import epath
 from flax import nnx
-from lavis_layout import with_noise
+from lavis_layout import q_former, vit_g, with_noise
 from loaded import built
 from published import save_bin, save_clip
 
@@ -74,7 +74,8 @@ def test_the_last_layer_may_be_left_out(config, shapes, tmp_path):
     clip_names.find(epath.Path(tmp_path), config.model, shapes)
 
 
-def test_vit_g_from_blip_2(tmp_path):
+@pytest.mark.parametrize("layout", ["hugging_face", "lavis"])
+def test_vit_g_from_blip_2(layout, tmp_path):
   """With the norm behind it, as `Blip2VisionModel` gives its last hidden state."""
   config = tiny.make_config("align", model__vision__kind="eva", model__vision__norm_eps=1e-6, model__mq_former__activation="gelu")
   vision, former = config.model.vision, config.model.mq_former
@@ -85,9 +86,20 @@ def test_vit_g_from_blip_2(tmp_path):
                           num_attention_heads=former.heads, intermediate_size=former.mlp_dim, encoder_hidden_size=vision.width,
                           max_position_embeddings=former.max_positions, cross_attention_frequency=1, use_qformer_text_input=True),
       num_query_tokens=former.visual_queries, image_text_hidden_size=4)).eval())
-  model.save_pretrained(tmp_path)
-  source = blip2.find(epath.Path(tmp_path), config.model, tiny.make_plan(config).shapes)
-  assert set(source.left_over) == {"contrastive heads, which here read two pooled vectors"}
+  if layout == "lavis":
+    with torch.no_grad():
+      for layer in model.vision_model.encoder.layers:
+        layer.self_attn.qkv.bias.chunk(3)[1].zero_()
+    path = tmp_path / "blip2_pretrained.pth"
+    torch.save({"model": q_former(config) | vit_g(model.vision_model)}, path)
+    left_over = {"contrastive heads, which here read two pooled vectors", "output words, tied to the word embedding",
+                 "position numbers"}
+  else:
+    path = tmp_path
+    model.save_pretrained(path)
+    left_over = {"contrastive heads, which here read two pooled vectors"}
+  source = blip2.find(epath.Path(path), config.model, tiny.make_plan(config).shapes)
+  assert set(source.left_over) == left_over
   values = source.found().values
   graph, state = built(lambda: LayerNorm(vision.width, vision.norm_eps, rngs=nnx.Rngs(0)), values, "perception/image_norm")
   with torch.no_grad():
