@@ -19,9 +19,11 @@ from lyrics_jax.config import LLMConfig
 BOUND = 2e9  # bytes besides twice the largest tensor of the files
 LAYERS, WIDTH, MLP = 130, 1024, 8192  # a kernel of all layers is 2.2 GB
 
+# Not getrusage: its peak is also that of the process that started this one.
 PEAK = """
-import resource
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+import pathlib
+status = dict(line.split(":") for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+print(int(status["VmHWM"].split()[0]) * 1024)
 """
 
 WRITE = """
