@@ -3,8 +3,8 @@
 Two layouts are read: LAVIS' (`blip2_pretrained_vitL.pth`, with CLIP's image encoder in OpenAI's names where the file has
 one; `blip2_pretrained.pth`, of ViT-g) and Hugging Face's (`Blip2ForImageTextRetrieval`; `Blip2QFormerModel`,
 `InstructBlipQFormerModel`). A ViT-g in the file is read where config.model.vision.kind = "eva". The table is in LAVIS'
-names, but for ViT-g's (see `eva_names.py`); `lavis_name` translates the others. What BLIP-2 lacks (grounding queries and their cross-attention, local
-tokens, the rows of added words) stays as initialised.
+names, but for ViT-g's (see `eva_names.py`); `lavis_name` translates the others. What BLIP-2 lacks (grounding queries and
+their cross-attention, local tokens, the rows of added words) stays as initialised.
 """
 
 import re
