@@ -55,8 +55,17 @@ def _is_running(pid: int) -> bool:
   except ProcessLookupError:
     return False
   except PermissionError:  # it runs, as another user
-    pass
-  return True
+    return True
+  return not _has_ended(pid)
+
+
+def _has_ended(pid: int) -> bool:
+  """Whether the process only waits to be asked for its exit code; in a container there may be nobody who ever asks."""
+  try:
+    state = epath.Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+  except OSError:  # not Linux, or gone in this moment
+    return False
+  return state in (b"Z", b"X")
 
 
 def _host() -> str:

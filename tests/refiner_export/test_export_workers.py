@@ -206,16 +206,17 @@ def test_each_worker_takes_a_device_in_turn(monkeypatch):
 
 
 def test_what_the_dead_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
-  dead = subprocess.Popen([sys.executable, "-c", ""])
+  dead, unreaped = (subprocess.Popen([sys.executable, "-c", ""]) for _ in range(2))
   dead.wait()
+  os.waitid(os.P_PID, unreaped.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked for its exit code
   target = tmp_path / "shard-00001"
   mine = unfinished_path(target)
   assert mine != unfinished_path(target) and mine.name.startswith(".") and mine.name.endswith(".shard-00001")
   renamed = lambda old, new: mine.parent / mine.name.replace(old, new, 1)
   ours, here = f"+{os.getpid()}+", socket.gethostname()
   kept = [mine, renamed(ours, f"+{os.getppid()}+"), renamed(here, "elsewhere"), target, tmp_path / ".unfinished.note"]
-  removed = [renamed(ours, f"+{dead.pid}+"), renamed(f"+{unfinished._PROCESS}+", "+01234567+"),
-             renamed(here, "long-ago")]
+  removed = [renamed(ours, f"+{dead.pid}+"), renamed(ours, f"+{unreaped.pid}+"),
+             renamed(f"+{unfinished._PROCESS}+", "+01234567+"), renamed(here, "long-ago")]
   for path in [*kept, *removed]:
     path.write_text("half")
   os.utime(removed[-1], (1, 1))
