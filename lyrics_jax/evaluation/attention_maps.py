@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lyrics_jax.models.layers import Array, split_heads
-from lyrics_jax.models.mq_former import Attention, MQFormer, Sources
+from lyrics_jax.models.mq_former import Attention, MQFormer, Sources, attention_to
 
 
 @jax.tree_util.register_dataclass
@@ -31,21 +31,20 @@ class CrossAttention:
 
 def cross_attention_weights(mq_former: MQFormer, sources: Sources) -> CrossAttention:
   """Replays `mq_former.query_pass(sources)` and returns its weights."""
-  batch, visual_queries = sources.grounding_valid.shape[0], mq_former.config.visual_queries
+  batch, visual_queries = len(sources.grounding_valid), mq_former.config.visual_queries
   queries = mq_former.norm(jnp.broadcast_to(mq_former.queries[...], (batch, *mq_former.queries.shape))).astype(mq_former.dtype)
   everywhere = jnp.ones(sources.visual[0].shape[1:3], bool)
-  grounding_mask = jnp.broadcast_to(sources.grounding_valid[:, None, None, :],
-                                    (batch, 1, mq_former.config.grounding_queries, sources.grounding_valid.shape[1]))
 
   def step(group, queries, source, _):
     visual, grounding = source
     first, *rest = group.layers
-    hidden = first.self_attention(queries, first.self_attention.keys_values(queries), None, None)
+    hidden = first.self_attention(queries, attention_to((*first.self_attention.keys_values(queries), None)), None)
     weights = (attention_weights(first.visual_attention, hidden[:, :visual_queries], visual[0], everywhere),
                attention_weights(first.grounding_attention, hidden[:, visual_queries:], grounding[0], sources.grounding_valid))
-    queries = first(queries, None, None, None, visual, grounding, grounding_mask, None)[0]
+    looks = attention_to((*visual, None)), attention_to((*grounding, sources.grounding_mask))
+    queries = first(queries, None, None, None, *looks, None)[0]
     for layer in rest:
-      queries = layer(queries, None, None, None, None, None, None, None)[0]
+      queries = layer(queries, None, None, None, None, None, None)[0]
     return queries, weights
 
   queries, (visual, grounding) = mq_former.stack.scan(step, queries, (sources.visual, sources.grounding))

@@ -1,5 +1,7 @@
 """Lyrics assembled: image encoder, local tokens and MQ-Former in both stages; alignment heads in the first, LLM in the second."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,6 +32,20 @@ class LocalTokens(nnx.Module):
     return jnp.concatenate([self.detection(detection) + source[DETECTION], self.mask(masks) + source[MASK]], axis=1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Features:
+  """What the frozen parts make of B pictures: nothing that is trained in stage 1 has touched them yet.
+
+  `image`: [B, T, D] tokens of the image encoder; `detection` [B, N, 260] and `masks` [B, M, 260] of the refiner; `valid`:
+  bool[B, N + M], False on padding.
+  """
+  image: Array
+  detection: Array
+  masks: Array
+  valid: Array
+
+
 class Perception(nnx.Module):
   """Everything that turns a picture and its local features into what the queries attend to."""
 
@@ -40,11 +56,20 @@ class Perception(nnx.Module):
     self.local_tokens = LocalTokens(config.refiner, config.mq_former.width, rngs=rngs)
     self.mq_former = MQFormer(config.mq_former, config.vision.width, dtype=self.dtype, remat=config.remat, rngs=rngs)
 
-  def look(self, batch: dict[str, Array]) -> Sources:
+  def see(self, batch: dict[str, Array]) -> Features:
     """batch: image uint8[B, S, S, 3], detection [B, N, 260], masks [B, M, 260] and bool detection_mask, masks_mask."""
-    image_tokens = self.image_norm(self.vision(batch["image"], self.dtype))
-    local = self.local_tokens(batch["detection"].astype(self.dtype), batch["masks"].astype(self.dtype))
-    return self.mq_former.look(image_tokens, local, jnp.concatenate([batch["detection_mask"], batch["masks_mask"]], axis=1))
+    local = {name: batch[name].astype(self.dtype) for name in ("detection", "masks")}
+    valid = jnp.concatenate([batch["detection_mask"], batch["masks_mask"]], axis=1)
+    return Features(self.vision(batch["image"], self.dtype), **local, valid=valid)
+
+  def look_at(self, features: Features) -> Sources:
+    """The cross-attention keys and values of B pictures."""
+    local = self.local_tokens(features.detection, features.masks)
+    return self.mq_former.look(self.image_norm(features.image), local, features.valid)
+
+  def look(self, batch: dict[str, Array]) -> Sources:
+    """`look_at` what `see` makes of a batch."""
+    return self.look_at(self.see(batch))
 
 
 class LMHead(nnx.Module):

@@ -24,6 +24,8 @@ from lyrics_jax.models.layers import (Array, Embedding, LayerNorm, Linear, Stack
                                       parameter, split_heads, split_key, xavier_uniform)
 
 KeyValue = tuple[Array, Array]
+Masked = tuple[Array, Array, Array | None]  # keys and values [B, Tk, H, d], and where they may be looked at: bool[B, 1, 1, Tk]
+Look = Callable[[Array], Array]  # queries [B, Tq, H, d] -> what they find, of the same shape
 
 
 @jax.tree_util.register_dataclass
@@ -43,17 +45,6 @@ class Negatives:
     taken = jax.vmap(lambda block, i: jnp.take(block, i, axis=0))(rows.reshape(self.blocks, size, *rows.shape[1:]), local)
     return taken.reshape(rows.shape)
 
-  def attend(self, query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-    """`layers.attend` of three sets of queries for each of B sources; the third looks at the row's negative.
-
-    Args:
-      query: [3B, Tq, H, d], the sets of one row next to each other. key, value: [B, Tk, H, d]. mask: bool[B, 1, 1, Tk].
-    """
-    sets = query.reshape(-1, 3, *query.shape[1:])
-    own = attend(sets[:, :2].reshape(len(sets), -1, *query.shape[2:]), key, value, mask)
-    other = attend(sets[:, 2], self.take(key), self.take(value), None if mask is None else self.take(mask))
-    return jnp.concatenate([own.reshape(sets[:, :2].shape), other[:, None]], axis=1).reshape(query.shape)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -61,20 +52,26 @@ class Sources:
   """Cross-attention keys and values of B pictures for every layer that has cross-attention (G groups of layers).
 
   `visual`: two arrays [G, B, T, H, d] of the image tokens. `grounding`: the same of the local tokens;
-  `grounding_valid`: bool[B, T], False on padding. `negatives`: see `matching`.
+  `grounding_valid`: bool[B, T], False on padding. `negative`: see `matching`.
   """
   visual: KeyValue
   grounding: KeyValue
   grounding_valid: Array
-  negatives: Negatives | None = None
+  negative: "Sources | None" = None
 
-  def matching(self, negatives: Negatives) -> "Sources":
-    """The sources of 3B pairs: each picture twice, then its negative, next to each other.
+  def matching(self, negative: "Sources") -> "Sources":
+    """The sources of 3B pairs: each picture twice, then its negative, next to each other. No picture's own are copied."""
+    return dataclasses.replace(self, negative=negative)
 
-    Nothing is copied: a layer looks up the negatives' keys and values when it attends to them. So the rows of one picture
-    stay on its device, and what travels for global negatives is one layer's at a time.
-    """
-    return dataclasses.replace(self, negatives=negatives)
+  def negatives(self, negatives: Negatives) -> "Sources":
+    """The sources of each picture's negative."""
+    take = jax.vmap(negatives.take)
+    return Sources(*jax.tree.map(take, (self.visual, self.grounding)), negatives.take(self.grounding_valid))
+
+  @property
+  def grounding_mask(self) -> Array:
+    """bool[B, 1, 1, T], as `attend` takes it."""
+    return self.grounding_valid[:, None, None, :]
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +87,7 @@ class Text:
   segments: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
   def matching(self, negatives: Negatives) -> "Text":
-    """The texts of the 3B pairs of `Sources.matching`: each text, its picture's negative, and the text again."""
+    """The texts of the 3B pairs of `Sources.matching`: each text, its negative, and the text again."""
     triple = lambda own: jnp.stack([own, negatives.take(own), own], 1).reshape(-1, *own.shape[1:])
     return Text(triple(self.ids), triple(self.valid), triple(self.positions), self.segments)
 
@@ -111,6 +108,23 @@ def spatial_and_caption(spatial: tuple[Array, Array] | None, caption: tuple[Arra
   return Text(ids, valid, jnp.concatenate(positions, axis=1), segments)
 
 
+def attention_to(own: Masked, negative: Masked | None = None) -> Look:
+  """Attention to a source: its keys, values and mask.
+
+  With a `negative` source there are 3B rows of queries, three of one source next to each other, of which the third attends to
+  the source's negative.
+  """
+  if negative is None:
+    return lambda query: attend(query, *own)
+
+  def look(query: Array) -> Array:
+    sets = query.reshape(-1, 3, *query.shape[1:])
+    twice = attend(sets[:, :2].reshape(len(sets), -1, *query.shape[2:]), *own).reshape(sets[:, :2].shape)
+    return jnp.concatenate([twice, attend(sets[:, 2], *negative)[:, None]], axis=1).reshape(query.shape)
+
+  return look
+
+
 class Attention(nnx.Module):
   """Multi-head attention with output projection, residual and post-norm; `init` is Xavier for the grounding branch."""
 
@@ -125,9 +139,8 @@ class Attention(nnx.Module):
   def keys_values(self, source: Array) -> KeyValue:
     return split_heads(self.k(source), self.heads), split_heads(self.v(source), self.heads)
 
-  def __call__(self, x: Array, keys_values: KeyValue, mask: Array | None, key: Array | None,
-               attend: Callable[..., Array] = attend) -> Array:
-    y = self.o(merge_heads(attend(split_heads(self.q(x), self.heads), *keys_values, mask)))
+  def __call__(self, x: Array, look: Look, key: Array | None) -> Array:
+    y = self.o(merge_heads(look(split_heads(self.q(x), self.heads))))
     return self.norm(x + dropout(y, self.rate, key))
 
 
@@ -155,14 +168,13 @@ class MQFormerLayer(nnx.Module):
     self.text_mlp = FeedForward(config, rngs=rngs)
 
   def __call__(self, queries: Array | None, text: Array | None, context: KeyValue | None, sight: masks.Sight | None,
-               visual: KeyValue | None, grounding: KeyValue | None, grounding_mask: Array | None, key: Array | None,
-               negatives: Negatives | None = None, read: tuple[int, ...] | None = None):
+               visual: Look | None, grounding: Look | None, key: Array | None, read: tuple[int, ...] | None = None):
     """One layer over queries [B, Q, D] and text [B, T, D] (either may be absent).
 
     `context`: keys and values of queries that ran before, put in front of this pass's own. `sight`: who sees whom in the
-    self-attention; None lets all see all. `visual`, `grounding`: keys and values of the sources in a layer with
-    cross-attention; with `negatives` of B / 3 pictures. `read`: the places of the text at which the output is read, None for
-    all; the others have keys and values only. Returns (queries, text, this pass's own keys and values).
+    self-attention; None lets all see all. `visual`, `grounding`: attention to the sources, in a layer with cross-attention.
+    `read`: the places of the text at which the output is read, None for all; the others have keys and values only. Returns
+    (queries, text, this pass's own keys and values).
     """
     keys = split_key(key, 5)
     join = lambda *parts: jnp.concatenate([part for part in parts if part is not None], axis=1)
@@ -171,15 +183,15 @@ class MQFormerLayer(nnx.Module):
     seen = own if context is None else tuple(jnp.concatenate([c, o], axis=1) for c, o in zip(context, own))
     if read is not None:
       hidden = join(queries, text[:, np.array(read, np.int32)])
-    within, across = attend if sight is None else sight.attend, attend if negatives is None else negatives.attend
-    hidden = self.self_attention(hidden, seen, None, keys[0], within)
+    within = attend if sight is None else sight.attend
+    hidden = self.self_attention(hidden, lambda query: within(query, *seen, None), keys[0])
     if queries is not None:
       queries, text = hidden[:, :queries.shape[1]], hidden[:, queries.shape[1]:] if text is not None else None
       if visual is not None:
         v, g = queries[:, :self.visual_queries], queries[:, self.visual_queries:]
-        v = self.visual_attention(v, visual, None, keys[1], across)
+        v = self.visual_attention(v, visual, keys[1])
         if g.shape[1]:
-          g = self.grounding_attention(g, grounding, grounding_mask, keys[2], across)
+          g = self.grounding_attention(g, grounding, keys[2])
         queries = jnp.concatenate([v, g], axis=1)
       queries = self.query_mlp(queries, keys[3])
     else:
@@ -271,24 +283,24 @@ class MQFormer(nnx.Module):
       columns, valid = [self.query_segments, *rows], [jnp.ones((batch, len(self.query_segments)), bool), *valid]
     columns, valid = np.concatenate(columns), jnp.concatenate(valid, axis=1)
     sight = masks.Sight.of(visibility, np.concatenate(rows), columns, valid)
-    grounding_mask = sources.grounding_valid[:, None, None, :] if sources is not None else None
-    negatives = sources.negatives if sources is not None else None
+    pictures = [] if sources is None else [sources] if sources.negative is None else [sources, sources.negative]
 
     def step(group, carry, x, key, end=(sight, None)):
       queries, words = carry
-      source, context = x
-      visual, grounding = source if source is not None else (None, None)
-      kept = []
+      keys_values, context = x
+      cross, kept = (None, None), []
+      if pictures:
+        visual, grounding = zip(*(((*v, None), (*g, picture.grounding_mask)) for (v, g), picture in zip(keys_values, pictures)))
+        cross = attention_to(*visual), attention_to(*grounding)
       for n, (layer, layer_key) in enumerate(zip(group.layers, split_key(key, len(group.layers)))):
         before = None if context is None else jax.tree.map(lambda a: a[n], context)
-        cross = (visual, grounding, grounding_mask) if n == 0 else (None, None, None)
         seen, read = end if n == len(group.layers) - 1 else (sight, None)
-        queries, words, own = layer(queries, words, before, seen, *cross, layer_key, negatives, read)
+        queries, words, own = layer(queries, words, before, seen, *(cross if n == 0 else (None, None)), layer_key, read)
         kept.append(own)
       # Only the query pass hands its keys and values on; elsewhere they would be dead weight in memory.
       return (queries, words), jax.tree.map(lambda *a: jnp.stack(a), *kept) if text is None else None
 
-    xs = (None if sources is None else (sources.visual, sources.grounding), context)
+    xs = ([(picture.visual, picture.grounding) for picture in pictures], context)
     last = None
     if read is not None:
       rows[-1] = rows[-1][list(read)]

@@ -101,10 +101,11 @@ def compile_step(layout: Layout) -> Program:
     except jax.errors.JaxRuntimeError as error:
       raise _too_large(error) or error from None
   memory = compiled.memory_analysis()
-  rest = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  hbm = layout.resident | {"activations and temporary": memory.temp_size_in_bytes + rest, "code": memory.generated_code_size_in_bytes}
-  # What tiles pad belongs to nobody: the compiler's sum of the arguments says how much it is.
-  hbm["padding of arguments"] = max(0, memory.argument_size_in_bytes - sum(layout.resident.values()))
+  # What tiles pad belongs to nobody: the compiler's sum of the arguments says how much it is. Its peak is what it compares with
+  # a chip's HBM; its sum of temporary buffers counts some twice that are never there together.
+  hbm = layout.resident | {"padding of arguments": max(0, memory.argument_size_in_bytes - sum(layout.resident.values()))}
+  hbm["code"] = memory.generated_code_size_in_bytes
+  hbm["activations and temporary"] = memory.peak_memory_in_bytes - sum(hbm.values())
   return Program(layout, Module.parse(compiled.as_text()), hbm, time.monotonic() - start)
 
 

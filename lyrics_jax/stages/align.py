@@ -4,13 +4,16 @@ V visual queries, G grounding queries, S spatial representation, C caption; mask
 text in ITC, ICG and MSP, so one pass of them serves all three; their keys and values are handed to the text passes.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lyrics_jax.config import Config, ItcPooling
 from lyrics_jax.models import masks
-from lyrics_jax.models.lyrics import LyricsForAlignment
+from lyrics_jax.models.layers import ROWS
+from lyrics_jax.models.lyrics import Features, LyricsForAlignment
 from lyrics_jax.models.mq_former import KeyValue, Negatives, Sources, Text, spatial_and_caption
 from lyrics_jax.stages.base import Array, Batch, Loss, cross_entropy, masked_mean, text_spec, visual_spec
 from refiner_export.settings import require
@@ -39,14 +42,15 @@ class Align:
     mq_former, smoothing = model.perception.mq_former, self.config.align.label_smoothing
     require(mq_former.config.grounding_queries > 0, "config.model.mq_former.grounding_queries=0: ITC and ITM of stage align need "
                                                     "at least one; for none of the refiner, set config.model.use_refiner=false")
-    sources = model.perception.look(batch)
+    features = model.perception.see(batch)
+    sources = model.perception.look_at(features)
     queries, context = mq_former.query_pass(sources, query_key)
     text = self.text(model, batch)
     similarity = image_text_similarity(model, queries, text, self.config.align.itc_pooling, text_key)
     losses = {
         "itc": itc(similarity, smoothing),
         # Evaluation draws its negatives from a fixed key, so that two runs agree.
-        "itm": itm(model, sources, text, similarity, batch["caption_ids"],
+        "itm": itm(model, features, sources, text, similarity, batch["caption_ids"],
                    jax.random.key(0) if key is None else negatives_key, itm_key, self._blocks()),
         "icg": icg(model, context, batch, smoothing, icg_key),
         "msp": msp(model, context, batch, smoothing, msp_key),
@@ -60,8 +64,7 @@ class Align:
 
   def _blocks(self) -> int:
     """Within how many blocks of the batch negatives are drawn: one, or one per batch shard of the mesh in use."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return 1 if self.config.align.itm_negatives == "global" else sizes.get("data", 1) * sizes.get("fsdp", 1)
+    return 1 if self.config.align.itm_negatives == "global" else _batch_shards()
 
 
 def image_features(model: LyricsForAlignment, queries: Array, pooling: ItcPooling) -> Array:
@@ -123,21 +126,25 @@ def hard_negatives(similarity: Array, caption_ids: Array, key: Array, blocks: in
   return pictures, texts, found
 
 
-def itm(model: LyricsForAlignment, sources: Sources, text: Text, similarity: Array, caption_ids: Array,
-        negatives_key: Array, key: Array | None, blocks: int = 1) -> Array:
+def itm(model: LyricsForAlignment, features: Features, sources: Sources, text: Text, similarity: Array,
+        caption_ids: Array, negatives_key: Array, key: Array | None, blocks: int = 1) -> Array:
   """Image-text matching: L_itm = E[CE(p(V), y) + CE(p(G), y)] / 2, y = 1 for the pair, 0 for its two hard negatives.
 
   p is one classifier over mean(V), which saw the caption, and over mean(G), which saw the spatial representation. The
   pictures' cross-attention keys and values are reused, not computed again.
 
-  What travels between devices: the [B, B] similarity; with global negatives (`blocks` = 1) also the texts' ids and, one
-  layer after the other, the cross-attention keys and values of the whole batch, of which each device picks its negatives;
-  with `blocks` = the number of batch shards (config.align.itm_negatives = "local") neither: each device draws from its own
-  pairs.
+  What travels between devices: the [B, B] similarity; with global negatives (`blocks` = 1) also the texts' ids and, once, the
+  frozen features of the whole batch, of which each device picks its negatives and looks at those again. That is as much work as
+  looking at its own pictures; the keys and values of all layers would be 20 times as many bytes, and their gradients as many
+  again. With `blocks` = the number of batch shards (config.align.itm_negatives = "local", or one device) nothing travels, and
+  the negatives' keys and values are looked up among the pictures'.
   """
   pictures, texts, found = hard_negatives(similarity, caption_ids, negatives_key, blocks)
+  negatives = Negatives(pictures, blocks)
+  negative = (sources.negatives(negatives) if blocks == _batch_shards()
+              else model.perception.look_at(jax.tree.map(negatives.take, features)))
   queries, _ = model.perception.mq_former.joint_pass(
-      sources.matching(Negatives(pictures, blocks)), text.matching(Negatives(texts, blocks)), masks.ITM, key, read=())
+      sources.matching(negative), text.matching(Negatives(texts, blocks)), masks.ITM, key, read=())
   logits = jnp.stack([model.itm(pooled) for pooled in model.perception.mq_former.pool(queries)])
   targets = jnp.tile(jnp.array([1, 0, 0]), len(found))
   used = jnp.stack([jnp.ones_like(found), found, found], 1).reshape(-1)
@@ -160,6 +167,12 @@ def msp(model: LyricsForAlignment, context: KeyValue, batch: Batch, smoothing: f
   logits = model.lm_head(mq_former.text_pass(text, masks.MSP, context, key), mq_former.words)
   targets = batch["msp_targets"]
   return masked_mean(cross_entropy(logits, jnp.maximum(targets, 0), smoothing), targets >= 0)
+
+
+def _batch_shards() -> int:
+  """Over how many devices the mesh in use splits the rows of a batch."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return math.prod(sizes.get(axis, 1) for axis in ROWS)
 
 
 def _normalised(x: Array) -> Array:

@@ -45,11 +45,12 @@ def replayed(request):
       visual, grounding = source
       for n, layer in enumerate(group.layers):
         if n == 0:
-          hidden = layer.self_attention(queries, layer.self_attention.keys_values(queries), None, None)
+          keys, values = layer.self_attention.keys_values(queries)
+          hidden = layer.self_attention(queries, lambda query: attend(query, keys, values, None), None)
           mixtures = (attend(split_heads(layer.visual_attention.q(hidden[:, :2]), 2), *visual, None),
                       attend(split_heads(layer.grounding_attention.q(hidden[:, 2:]), 2), *grounding, mask))
-        cross = (visual, grounding, mask) if n == 0 else (None, None, None)
-        queries = layer(queries, None, None, None, *cross, None)[0]
+        looks = lambda query: attend(query, *visual, None), lambda query: attend(query, *grounding, mask)
+        queries = layer(queries, None, None, None, *(looks if n == 0 else (None, None)), None)[0]
       return queries, mixtures
 
     start = former.norm(jnp.broadcast_to(former.queries[...], (8, *former.queries.shape)))

@@ -18,7 +18,7 @@ BATCH = 16
 
 
 def collectives(sizes, negatives):
-  """{kind: sizes in elements} of the collectives in the compiled train step, and how large the pictures' keys at least are."""
+  """{kind: sizes in elements} of the collectives in the compiled train step, and the sizes of the pictures' frozen features."""
   config = tiny.make_config(batch_size=BATCH, mesh=MeshConfig(*sizes), align__itm_negatives=negatives)
   mesh = make_mesh(config.mesh)
   plan = tiny.make_plan(config)
@@ -32,9 +32,9 @@ def collectives(sizes, negatives):
   for result, kind in _COLLECTIVE.findall(program):
     elements = sum(math.prod(map(int, filter(None, dims.split(",")))) for dims in _SHAPE.findall(result))
     found.setdefault(kind, []).append(elements)
-  mq_former, model = config.model.mq_former, config.model
-  sources = BATCH * min(model.vision.tokens, model.refiner.detection_rows + model.refiner.mask_rows) * mq_former.width
-  return found, sources
+  vision, refiner = config.model.vision, config.model.refiner
+  local = refiner.feature_width + 4  # and a box
+  return found, sorted(BATCH * size for size in (vision.tokens * vision.width, refiner.detection_rows * local, refiner.mask_rows * local))
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,15 @@ def globally():
 
 def test_data_parallel_needs_gradients_and_features_only(local):
   """With local negatives: sums of gradients and losses, ITC features, captions' ids, the similarity. Nothing of a picture."""
-  found, sources = local
+  found, features = local
   assert set(found) <= {"all-reduce", "all-gather", "all-to-all"}
   assert found["all-reduce"] and found["all-gather"]
-  assert max(found["all-gather"]) <= BATCH * 8 < sources  # [B, 8]: features of ITC, ids of a caption
+  assert max(found["all-gather"]) <= BATCH * 8 < features[0]  # [B, 8]: features of ITC, ids of a caption
   assert max(found.get("all-to-all", [0])) <= BATCH * BATCH  # the similarity, turned over
 
 
-def test_global_negatives_move_keys_and_values(globally, local):
-  found, sources = globally
-  assert max(found.get("all-gather", [0])) >= sources or max(found["all-reduce"]) >= sources
-  assert sum(map(sum, found.values())) > sum(map(sum, local[0].values()))
+def test_global_negatives_move_frozen_features_once(globally, local):
+  """Those of the whole batch; and no gradient comes back but the parameters', of two parts of which there are now two."""
+  found, features = globally
+  assert sorted(found["all-gather"])[-len(features):] == features
+  assert sum(found["all-reduce"]) < sum(local[0]["all-reduce"]) + 2 * features[-1]
