@@ -28,7 +28,7 @@ def plan(config: Config, topology: str, output: str) -> None:
   """One configuration on one slice. Raises `UserError`; exits with 1 where the step does not fit."""
   target = Target.of(topology, config.mesh.slices)
   layout = Layout.of(config, target)
-  _tell(f"compiling stage {config.stage} for {topology}: one to a few minutes")
+  _tell(f"compiling stage {config.stage} for {topology}: one to eight minutes on two cores")
   try:
     if layout.least_bytes > target.chip.hbm:
       raise DoesNotFit(layout.least_bytes, target.chip.hbm)
@@ -83,5 +83,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("topology", None, "TPU slice, for example v5p:4x4x4 or v5e:4x4")
   flags.DEFINE_string("output", None, "directory of plan.json and plan.png; by default plan/ in the run's own")
   flags.DEFINE_bool("search", False, "try mesh shapes, remat policies and microbatches, and rank what fits")
-  flags.DEFINE_integer("most", 12, "compilations of a search, each about a minute", lower_bound=1)
+  flags.DEFINE_integer("most", 12, "compilations of a search, each of one to eight minutes on two cores", lower_bound=1)
   settings.run(main, CONFIG)

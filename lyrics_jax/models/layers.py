@@ -61,20 +61,21 @@ class Linear(nnx.Module):
     self.bias = parameter(rngs, jax.nn.initializers.zeros, (m,), (axes[1],)) if bias else None
 
   def __call__(self, x: Array, key: Array | None = None) -> Array:
-    return self._scaled(x @ self.kernel[...].astype(x.dtype), lambda a: a)
+    return self._scaled(x @ self.kernel[...].astype(x.dtype))
 
   def to_heads(self, x: Array, heads: int, key: Array | None = None) -> Array:
     """[B, T, n] -> [B, H, T, d], H*d = m."""
-    return self._scaled(product_to_heads(x, self.kernel[...], heads), lambda a: a.reshape(heads, 1, -1))
+    return self._scaled(product_to_heads(x, self.kernel[...], heads), (heads, 1, -1))
 
   def from_heads(self, x: Array, key: Array | None = None) -> Array:
     """[B, H, T, d] -> [B, T, m], H*d = n."""
-    return self._scaled(product_from_heads(x, self.kernel[...]), lambda a: a)
+    return self._scaled(product_from_heads(x, self.kernel[...]))
 
-  def _scaled(self, y: Array, spread: Callable[[Array], Array]) -> Array:
+  def _scaled(self, y: Array, shape: tuple[int, ...] = (-1,)) -> Array:
+    """`shape`: in which the outputs' scales and biases, [m], stand beside y."""
     if self.kernel_scale is not None:
-      y = y * spread(self.kernel_scale[...]).astype(y.dtype)
-    return y if self.bias is None else y + spread(self.bias[...]).astype(y.dtype)
+      y = y * self.kernel_scale[...].reshape(shape).astype(y.dtype)
+    return y if self.bias is None else y + self.bias[...].reshape(shape).astype(y.dtype)
 
 
 def product_to_heads(x: Array, kernel: Array, heads: int) -> Array:

@@ -94,22 +94,3 @@ def test_two_axes_may_share_a_side_of_the_slice():
   """Neither 4 nor 8 nor 4 x 8 chips are 16."""
   pytest.importorskip("libtpu")
   assert make_mesh(MeshConfig(-1, 16, 1), Target.of("v5p:4x8x8").devices).shape == {"data": 16, "fsdp": 16, "tensor": 1}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_cycles_of_a_matrix_product_are_near_the_roofline(topology):
-  pytest.importorskip("libtpu")
-  import jax
-  import jax.numpy as jnp
-  import numpy as np
-  from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-  from lyrics_jax.planning.hlo import Module
-  from lyrics_jax.planning.topology import Target
-  target, size = Target.of(topology), 4096
-  one = NamedSharding(Mesh(np.array(target.devices[:1]), ("x",)), PartitionSpec())
-  shape = jax.ShapeDtypeStruct((size, size), jnp.bfloat16, sharding=one)
-  program = jax.jit(lambda x, w: x @ w @ w @ w @ w).lower(shape, shape).compile()
-  seconds = Module.parse(program.as_text()).cycles / target.chip.clock
-  assert seconds == pytest.approx(4 * 2 * size**3 / target.chip.flops, rel=0.25)

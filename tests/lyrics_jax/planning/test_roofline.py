@@ -1,0 +1,62 @@
+"""The compiler's cycles, from which the planner predicts, against what a chip can do at best (docs/plan.md)."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lyrics_jax.config import LLMConfig, MeshConfig
+from lyrics_jax.models.attention import causal_attention
+from lyrics_jax.models.layers import product_from_heads, product_to_heads
+from lyrics_jax.models.llama import rotary
+from lyrics_jax.planning.cost import KERNEL_EFFICIENCY, kernel_flops
+from lyrics_jax.planning.hlo import Module
+from lyrics_jax.planning.topology import Target
+from lyrics_jax.training.compiler import compiler_options
+from lyrics_jax.training.sharding import make_mesh
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def target(request):
+  pytest.importorskip("libtpu")
+  return Target.of(request.param)
+
+
+def compiled(target, function, *shapes):
+  """The module of a function on one chip, told what a train step is told."""
+  mesh = make_mesh(MeshConfig(1, 1, 1), target.devices[:1])
+  arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec())) for shape, dtype in shapes]
+  with jax.set_mesh(mesh):
+    return Module.parse(jax.jit(function, compiler_options=compiler_options(mesh)).lower(*arguments).compile().as_text())
+
+
+@pytest.mark.parametrize("target", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"], indirect=True)
+def test_a_chain_of_matrix_products(target):
+  size = 4096
+  square = (size, size), jnp.bfloat16
+  module = compiled(target, lambda x, w: x @ w @ w @ w @ w, square, square)
+  assert module.cycles / target.chip.clock == pytest.approx(4 * 2 * size**3 / target.chip.flops, rel=0.25)
+
+
+@pytest.mark.parametrize("target", ["v5e:2x2", "v5p:2x2x1"], indirect=True)
+def test_an_attention_layer(target):
+  """Vicuna-13B's, 16 rows of 512 tokens. Its instructions run one after the other: products and the kernel are bound by the
+  matrix units, whatever else there is by HBM."""
+  config, rows, length = LLMConfig(), 16, 512
+  width = config.width
+
+  def layer(x, segments, positions, q, k, v, o):
+    query, key, value = (product_to_heads(x, kernel, config.heads) for kernel in (q, k, v))
+    turned = (rotary(heads, positions, config.rope_theta) for heads in (query, key))
+    return x + product_from_heads(causal_attention(segments, config, "splash", x.dtype)(*turned, value), o)
+
+  tokens, kernel = ((rows, length), jnp.int32), ((width, width), jnp.bfloat16)
+  module = compiled(target, layer, ((rows, length, width), jnp.bfloat16), tokens, tokens, *[kernel] * 4)
+  chip, attention = target.chip, sum(kernel_flops(call) * times for call, times in module.kernels())
+  products = 4 * 2 * rows * length * width**2
+  moved_by_products = 4 * 2 * (2 * rows * length * width + width**2)
+  bound = (products + attention) / chip.flops + (module.traffic() - moved_by_products) / chip.hbm_bandwidth
+  predicted = module.cycles / chip.clock + attention / (chip.flops * KERNEL_EFFICIENCY)
+  assert predicted == pytest.approx(bound, rel=0.25)
