@@ -146,20 +146,31 @@ class Module:
                                "dynamic-slice", "dynamic-update-slice", "concatenate", "convert", "gather", "scatter", "sort"))
 
   def _moved(self, instruction: Instruction, around: dict[str, Instruction]) -> int:
-    inside = self.computations.get(instruction.called.get("calls"), {}) if instruction.opcode == "fusion" else {}
-    parameters = {int(re.match(r"(\d+)\)", i.rest)[1]): i for i in inside.values() if i.opcode == "parameter"}
+    fused = instruction.called.get("calls") if instruction.opcode == "fusion" else None
     total = 0 if instruction.opcode == "copy-start" else in_hbm(instruction.shape)  # a start's result names the operand again
     for n, operand in enumerate(instruction.operands):
       size = in_hbm(around[operand].shape) if operand in around else 0
-      users = [i for i in inside.values() if parameters[n].name in i.operands] if n in parameters else []
-      if users and all(i.opcode == "dynamic-slice" for i in users):
-        size = min(size, sum(bytes_of(i.shape) for i in users))
-      elif users and all(i.opcode == "dynamic-update-slice" and i.operands[0] == parameters[n].name for i in users):
-        update = min(size, sum(bytes_of(inside[i.operands[1]].shape) for i in users))
+      users = self._users(fused, n)
+      if users and all(i.opcode == "dynamic-update-slice" and k == 0 for i, k in users):
+        update = min(size, sum(bytes_of(self.computations[fused][i.operands[1]].shape) for i, _ in users))
         total += update - size  # of the result, too, only the update is written
-        size = 0
-      total += size
+      else:
+        total += self._read(fused, n, size)
     return max(0, total)
+
+  def _users(self, computation: str | None, parameter: int) -> list[tuple[Instruction, int]]:
+    """The instructions of a computation that take its parameter, and as which of their operands."""
+    inside = self.computations.get(computation, {}).values()
+    names = [i.name for i in inside if i.opcode == "parameter" and i.rest.startswith(f"{parameter})")]
+    return [(i, k) for i in inside for k, operand in enumerate(i.operands) if operand in names]
+
+  def _read(self, computation: str | None, parameter: int, size: int) -> int:
+    """Bytes that a fused computation reads of its parameter of `size` bytes; fusions stand in fusions."""
+    users = self._users(computation, parameter)
+    if not users or any(i.opcode not in ("dynamic-slice", "fusion") for i, _ in users):
+      return size
+    return min(size, sum(bytes_of(i.shape) if i.opcode == "dynamic-slice" else self._read(i.called.get("calls"), k, size)
+                         for i, k in users))
 
 
 def bytes_of(shape: str) -> int:

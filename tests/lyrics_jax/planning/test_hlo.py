@@ -110,6 +110,18 @@ def test_traffic_counts_slices_and_leaves_out_the_cores_own_memory():
   assert hlo.Module.parse(TPU).traffic() == 3 * (read + row) + (3 * row + row)
 
 
+def test_traffic_of_a_slice_in_a_fusion_of_a_fusion():
+  outer = """%outer (p.1: s32[], p.2: bf16[3,64,128]) -> bf16[64,128] {
+  %p.1 = s32[]{:T(128)S(6)} parameter(0)
+  %p.2 = bf16[3,64,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %fusion.0 = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%p.2, %p.1), kind=kLoop, calls=%fused_computation.1
+}
+
+%body ("""
+  nested = TPU.replace("%body (", outer, 1).replace("fusion(%all, %i), kind=kLoop, calls=%fused_computation.1", "fusion(%i, %all), kind=kLoop, calls=%outer")
+  assert hlo.Module.parse(nested).traffic() == hlo.Module.parse(TPU).traffic()
+
+
 @pytest.mark.parametrize("text, groups", [
     ("replica_groups={{0,2},{1,3}}, x", [[0, 2], [1, 3]]),
     ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
