@@ -1,7 +1,8 @@
 """Stage 2 at the paper's size and schedule: Vicuna-13B with LoRA, batch 64, 300,000 steps.
 
 The mesh splits parameters over 16 chips, the whole of a v5e:4x4; a larger slice, say v5p:4x4x4, has four such groups beside each
-other. There `--config.mesh.fsdp=1 --config.model.remat=dots` is faster, as a v5p holds the whole model (docs/plan.md). Say where your records, tokenizers and stage 1 are: `--config.data.records=...`.
+other. There `--config.mesh.fsdp=1 --config.model.remat=dots` is faster, as a v5p holds the whole model (docs/plan.md). Say where
+your records, tokenizers and stage 1 are: `--config.data.records=...`.
 """
 
 from lyrics_jax.config import Config, DataConfig, MeshConfig, ModelConfig

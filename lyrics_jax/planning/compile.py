@@ -102,7 +102,7 @@ def compile_step(layout: Layout) -> Program:
       raise _too_large(error) or error from None
   memory = compiled.memory_analysis()
   # What tiles pad belongs to nobody: the compiler's sum of the arguments says how much it is. Its peak is what it compares with
-  # a chip's HBM; its sum of temporary buffers counts some twice that are never there together.
+  # a chip's HBM; the sum of all that it lists is up to a third larger.
   hbm = layout.resident | {"padding of arguments": max(0, memory.argument_size_in_bytes - sum(layout.resident.values()))}
   hbm["code"] = memory.generated_code_size_in_bytes
   hbm["activations and temporary"] = memory.peak_memory_in_bytes - sum(hbm.values())
