@@ -112,15 +112,14 @@ def mesh_axis(groups: np.ndarray | None, mesh: Mesh) -> str:
 
 
 def kernel_flops(call: Instruction) -> float:
-  """FLOPs of one call of a splash attention kernel, by its name and its query [B, H, T, d]; half of the square, for causality.
+  """FLOPs of one call of a splash attention kernel, by its name and its query; half of the square, for causality.
 
-  0 for a kernel that this does not know.
+  The query is the first operand that is not of integers: [B, H, T, d], or [H, T, d] of a single row. 0 for a kernel that this does
+  not know.
   """
   kind = next((kind for kind in _PRODUCTS if f"splash_mha_{kind}" in call.name), None)
-  shapes = [list(map(int, dims.split(","))) for dims in re.findall(r"\w+\[(\d+(?:,\d+){3})\]", call.rest)]
-  if kind is None or not shapes:
+  query = re.search(r"\b(?:bf16|f16|f32)\[(\d+(?:,\d+){2,3})\]", call.rest)
+  if kind is None or query is None:
     return 0.0
-  batch, heads, length, width = shapes[0]
-  return _PRODUCTS[kind] * 2 * math.prod((batch, heads, length, length, width)) / 2
-
-
+  *heads, length, width = map(int, query[1].split(","))
+  return _PRODUCTS[kind] * 2 * math.prod((*heads, length, length, width)) / 2

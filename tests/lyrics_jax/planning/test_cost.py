@@ -12,8 +12,9 @@ import tiny
 from lyrics_jax.config import MeshConfig
 from lyrics_jax.planning.chips import CHIPS, chip_of
 from lyrics_jax.planning.compile import DoesNotFit, Layout, compile_step
-from lyrics_jax.planning.cost import Cost, Traffic, cost_of
+from lyrics_jax.planning.cost import Cost, Traffic, cost_of, kernel_flops
 from lyrics_jax.planning.flops import count_flops, model_flops
+from lyrics_jax.planning.hlo import Instruction
 from lyrics_jax.planning.picture import draw
 from lyrics_jax.planning.report import Report
 from lyrics_jax.planning.topology import Target
@@ -65,6 +66,15 @@ def test_a_step_takes_what_nothing_hides_or_the_hidden_part_alone():
   cost = Cost(1, 3.0, 1.0, (moved(0.5, False), moved(2.0, True)), 2.25, 0.1)
   assert cost.step == 4.5 and cost.mfu == 0.5
   assert dataclasses.replace(cost, collectives=(moved(9.0, True),)).step == 9.0
+
+
+@pytest.mark.parametrize("rows, query", [(1, "40,512,128"), (16, "16,40,512,128")])
+def test_flops_of_a_kernel(rows, query):
+  """Of forward's two products half of the square; before the query stand integers that say which blocks are seen."""
+  call = Instruction("splash_mha_fwd_segmented_residuals.1", "f32[512,128]", "custom-call", (),
+                     f"...), operand_layout_constraints={{s8[1,1,1]{{2,1,0}}, bf16[{query}]{{2,1,0}}, bf16[{query}]{{2,1,0}}}}")
+  assert kernel_flops(call) == rows * 40 * 2 * 2 * 512 * 512 * 128 / 2
+  assert kernel_flops(dataclasses.replace(call, name="another")) == 0
 
 
 @pytest.mark.parametrize("group, links", [([0, 1, 2, 3], 2), ([0, 4], 1), (list(range(8)), 3), ([0, 8], 0)])
