@@ -9,5 +9,5 @@ from lyrics_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 
 def get_config() -> Config:
   return Config(
-      stage="align", output="runs/align_vit_l", steps=800_000, batch_size=512, model=ModelConfig(remat="full"),
+      stage="align", output="runs/align_vit_l", steps=800_000, batch_size=512, model=ModelConfig(remat="attention"),
       data=DataConfig(records="data/align/records", mq_former_tokenizer="tokenizers/mq_former"), mesh=MeshConfig(data=-1))

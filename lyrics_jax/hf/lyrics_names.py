@@ -44,8 +44,9 @@ _PATCH = TwoWay(_patch_shape,  # [D, 3, p, p] <-> [p * p * 3, D]
                 lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
                 lambda a: a.T.reshape(a.shape[1], *_patch_shape(a.shape)[2:], 3).transpose(0, 3, 1, 2))
 
-_LEAVES = {"kernel": ("weight", _TRANSPOSED), "embedding": ("weight", _PLAIN), "scale": ("weight", _PLAIN),
-           "bias": ("bias", _PLAIN), "lora_a": ("lora_A.weight", _TRANSPOSED), "lora_b": ("lora_B.weight", _TRANSPOSED)}
+_LEAVES = {"kernel": ("weight", _TRANSPOSED), "weight": ("weight", _PLAIN), "embedding": ("weight", _PLAIN),
+           "scale": ("weight", _PLAIN), "bias": ("bias", _PLAIN), "lora_a": ("lora_A.weight", _TRANSPOSED),
+           "lora_b": ("lora_B.weight", _TRANSPOSED)}
 
 # --- our single parameters, and modules outside stacks, where the name is not ours with dots for slashes ---
 _PARAMETERS = {

@@ -6,7 +6,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 
-from lyrics_jax.models.quantised import SCALE
+from lyrics_jax.models.quantised import SCALE, inputs_axis
 from lyrics_jax.stages import make_stage
 from lyrics_jax.training.checkpoint import open_run, trained_manifest
 from lyrics_jax.training.parameters import ParameterPlan
@@ -55,20 +55,21 @@ class StoredRun:
     return self._layers[1][layer - first]
 
   def _finished(self, path: str, layers: slice, merged: bool) -> np.ndarray:
-    """A kernel [L, n, m] without int8 and with LoRA, where it has a scale [L, m] and factors [L, n, r], [L, r, m]."""
+    """Layers of a kernel [L, n, m] or weight [L, m, n], with what it has: a scale [L, m], factors [L, n, r], [L, r, m]."""
     value = self._stored(path, layers)
     scale = [self._stored(each, layers) for each in self._scale_of(path)]
     factors = [self._stored(each, layers) for each in self._lora_of(path)] if merged else []
     if not scale and not factors:
       return value
-    result, lora = np.empty(value.shape, self.dtype(path)), self.config.model.llm.lora
-    for layer, kernel in enumerate(value):  # float32 for one layer at a time
-      kernel = kernel.astype(np.float32)
+    result, lora, inputs = np.empty(value.shape, self.dtype(path)), self.config.model.llm.lora, inputs_axis(path)
+    for layer, matrix in enumerate(value):  # float32 for one layer at a time
+      matrix = matrix.astype(np.float32)
       for of_layer in scale:
-        kernel *= of_layer[layer][None]
+        matrix *= np.expand_dims(of_layer[layer], inputs)
       if factors:
-        kernel += lora.alpha / lora.rank * (factors[0][layer] @ factors[1][layer])
-      result[layer] = kernel
+        added = lora.alpha / lora.rank * (factors[0][layer] @ factors[1][layer])
+        matrix += added if inputs == -2 else added.T
+      result[layer] = matrix
     return result
 
   def _stored(self, path: str, layers: slice) -> np.ndarray:
@@ -88,7 +89,7 @@ class StoredRun:
     """The two factors that are added to this parameter; none to most."""
     module, _, leaf = path.rpartition("/")
     factors = [f"{module}/lora_a", f"{module}/lora_b"]
-    return factors if leaf == "kernel" and factors[0] in self.plan.shapes else []
+    return factors if leaf in ("kernel", "weight") and factors[0] in self.plan.shapes else []
 
 
 def _describe(directory: epath.Path):

@@ -42,50 +42,75 @@ def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: Logi
 
 
 class Linear(nnx.Module):
-  """x: [..., n] -> [..., m]. With `int8` the kernel is quantised (see `quantised.py`) and not to be trained.
+  """x: [..., n] -> [..., m], by a `kernel` [n, m].
 
-  `to_heads` and `from_heads` are the same map, with heads before tokens on one side, as attention wants them: the product itself
-  lays them out so, where turning its result around would copy a whole array twice on a TPU. `key` is for dropout, of
-  which there is none here (see `lora.py`).
+  Attention wants heads before tokens. Products lay them out so themselves, where turning their results around would copy a whole
+  array twice on a TPU: with `to_heads=H` the map is [B, T, n] -> [B, H, T, d], H*d = m, with `from_heads=H` [B, H, T, d] ->
+  [B, T, m], H*d = n. Heads are then rows of the matrix, which a TPU splits where they lie, so for `to_heads` outputs come first:
+  it is a `weight` [m, n]. With `int8` the matrix is quantised (see `quantised.py`) and not to be trained.
+
+  Args:
+    axes: the logical ones of n and of m.
+    key: for dropout, of which there is none here (see `lora.py`).
   """
 
-  def __init__(self, n: int, m: int, axes: LogicalAxes, *, rngs: nnx.Rngs, bias: bool = True,
-               init: Callable = lecun_normal, int8: bool = False):
-    kernel = parameter(rngs, init, (n, m), axes)
-    if int8:
-      values, scale = quantise(kernel[...])
-      self.kernel = nnx.Param(values, logical_axes=tuple(axes), keeps_dtype=True)
-      self.kernel_scale = nnx.Param(scale, logical_axes=(axes[1],), keeps_dtype=True)
+  def __init__(self, n: int, m: int, axes: LogicalAxes, *, rngs: nnx.Rngs, bias: bool = True, init: Callable = lecun_normal,
+               int8: bool = False, to_heads: int | None = None, from_heads: int | None = None):
+    self.to_heads, self.from_heads = to_heads, from_heads
+    if to_heads is None:
+      self.kernel, self.kernel_scale = _matrix(parameter(rngs, init, (n, m), axes), int8, inputs=0)
     else:
-      self.kernel, self.kernel_scale = kernel, None
+      outputs_first = lambda key, shape, dtype: init(key, shape[::-1], dtype).T
+      self.weight, self.weight_scale = _matrix(parameter(rngs, outputs_first, (m, n), axes[::-1]), int8, inputs=1)
     self.bias = parameter(rngs, jax.nn.initializers.zeros, (m,), (axes[1],)) if bias else None
 
   def __call__(self, x: Array, key: Array | None = None) -> Array:
-    return self._scaled(x @ self.kernel[...].astype(x.dtype))
+    if self.to_heads is not None:
+      return self._scaled(product_to_heads(x, self.weight[...], self.to_heads), self.weight_scale, (self.to_heads, 1, -1))
+    product = jnp.matmul if self.from_heads is None else product_from_heads
+    return self._scaled(product(x, self.kernel[...].astype(x.dtype)), self.kernel_scale, (-1,))
 
-  def to_heads(self, x: Array, heads: int, key: Array | None = None) -> Array:
-    """[B, T, n] -> [B, H, T, d], H*d = m."""
-    return self._scaled(product_to_heads(x, self.kernel[...], heads), (heads, 1, -1))
-
-  def from_heads(self, x: Array, key: Array | None = None) -> Array:
-    """[B, H, T, d] -> [B, T, m], H*d = n."""
-    return self._scaled(product_from_heads(x, self.kernel[...]))
-
-  def _scaled(self, y: Array, shape: tuple[int, ...] = (-1,)) -> Array:
+  def _scaled(self, y: Array, scale: nnx.Param | None, shape: tuple[int, ...]) -> Array:
     """`shape`: in which the outputs' scales and biases, [m], stand beside y."""
-    if self.kernel_scale is not None:
-      y = y * self.kernel_scale[...].reshape(shape).astype(y.dtype)
+    if scale is not None:
+      y = y * scale[...].reshape(shape).astype(y.dtype)
     return y if self.bias is None else y + self.bias[...].reshape(shape).astype(y.dtype)
 
 
-def product_to_heads(x: Array, kernel: Array, heads: int) -> Array:
-  """[B, T, n], [n, H*d] -> [B, H, T, d] in the dtype of x."""
-  return jnp.einsum("btn,nhd->bhtd", x, kernel.astype(x.dtype).reshape(len(kernel), heads, -1))
+def _matrix(matrix: nnx.Param, int8: bool, inputs: int) -> tuple[nnx.Param, nnx.Param | None]:
+  """The parameter of a linear map as it is stored, and its scale; `inputs`: over which axis the map sums."""
+  if not int8:
+    return matrix, None
+  values, scale = quantise(matrix[...], inputs - 2)
+  return (nnx.Param(values, logical_axes=matrix.logical_axes, keeps_dtype=True),
+          nnx.Param(scale, logical_axes=(matrix.logical_axes[1 - inputs],), keeps_dtype=True))
+
+
+def product_to_heads(x: Array, weight: Array, heads: int) -> Array:
+  """[B, T, n], [H*d, n] or [H, d, n] -> [B, H, T, d] in the dtype of x."""
+  return jnp.einsum("btn,hdn->bhtd", x, weight.astype(x.dtype).reshape(heads, -1, x.shape[-1]))
 
 
 def product_from_heads(x: Array, kernel: Array) -> Array:
-  """[B, H, T, d], [H*d, m] -> [B, T, m] in the dtype of x."""
+  """[B, H, T, d], [H*d, m] or [H, d, m] -> [B, T, m] in the dtype of x."""
   return jnp.einsum("bhtd,hdm->btm", x, kernel.astype(x.dtype).reshape(x.shape[1], x.shape[3], -1))
+
+
+def _split_rows(blocks: nnx.Module) -> None:
+  """Gives the matrices of a stack's blocks, [L, H*d, k], whose rows are heads the shape [L, H, d, k].
+
+  A TPU's compiler reads a layer out of the stack within its product, but not where something stands between: rows that are
+  split in the loop are copied first, which at few tokens takes as long as the products. Not so where `fsdp` splits the other
+  axis: each layer is gathered before its product, and by heads it would be gathered in an order that has to be turned around.
+  """
+  mesh = jax.sharding.get_abstract_mesh().shape
+  if mesh.get("fsdp", 1) > 1:
+    return
+  for _, module in nnx.iter_modules(blocks):
+    heads = isinstance(module, Linear) and (module.to_heads or module.from_heads)
+    if heads and heads % mesh.get("tensor", 1) == 0:  # otherwise a device has parts of heads
+      matrix = module.kernel if module.to_heads is None else module.weight
+      matrix.set_value(matrix[...].reshape(len(matrix), heads, -1, matrix.shape[-1]))
 
 
 class Embedding(nnx.Module):
@@ -264,7 +289,9 @@ class Stack(nnx.Module):
     Returns:
       The last carry, and the stacked ys.
     """
-    graph, parameters = nnx.split(self.blocks)
+    blocks = nnx.clone(self.blocks)
+    _split_rows(blocks)
+    graph, parameters = nnx.split(blocks)
     keys = None if key is None else jax.random.split(key, self.depth)
     slices = parameters, xs, keys
 

@@ -53,31 +53,31 @@ class LLaMABlock(nnx.Module):
     self.config, self.int8 = config, int8 and config.train != "full"
     width, head_width = config.width, config.width // config.heads
     self.attention_norm = RMSNorm(width, config.norm_eps, rngs=rngs)
-    self.q = self._linear("q", width, width, ("embed", "heads"), rngs)
-    self.k = self._linear("k", width, config.kv_heads * head_width, ("embed", "heads"), rngs)
-    self.v = self._linear("v", width, config.kv_heads * head_width, ("embed", "heads"), rngs)
-    self.o = self._linear("o", width, width, ("heads", "embed"), rngs)
+    self.q = self._linear("q", width, width, ("embed", "heads"), rngs, to_heads=config.heads)
+    self.k = self._linear("k", width, config.kv_heads * head_width, ("embed", "heads"), rngs, to_heads=config.kv_heads)
+    self.v = self._linear("v", width, config.kv_heads * head_width, ("embed", "heads"), rngs, to_heads=config.kv_heads)
+    self.o = self._linear("o", width, width, ("heads", "embed"), rngs, from_heads=config.heads)
     self.mlp_norm = RMSNorm(width, config.norm_eps, rngs=rngs)
     self.gate = self._linear("gate", width, config.mlp_dim, ("embed", "mlp"), rngs)
     self.up = self._linear("up", width, config.mlp_dim, ("embed", "mlp"), rngs)
     self.down = self._linear("down", config.mlp_dim, width, ("mlp", "embed"), rngs)
 
-  def _linear(self, name: str, n: int, m: int, axes: LogicalAxes, rngs: nnx.Rngs) -> Linear:
+  def _linear(self, name: str, n: int, m: int, axes: LogicalAxes, rngs: nnx.Rngs, **heads: int) -> Linear:
     if self.config.train == "lora" and name in self.config.lora.targets:
-      return LoRALinear(n, m, axes, self.config.lora, rngs=rngs, int8=self.int8)
-    return Linear(n, m, axes, bias=False, rngs=rngs, int8=self.int8)
+      return LoRALinear(n, m, axes, self.config.lora, rngs=rngs, int8=self.int8, **heads)
+    return Linear(n, m, axes, bias=False, rngs=rngs, int8=self.int8, **heads)
 
   def __call__(self, x: Array, positions: Array, attention: Callable, cache: tuple[Array, Array] | None, slot,
                key: Array | None):
     config, keys = self.config, split_key(key, 7)
     y = self.attention_norm(x)
-    q = rotary(self.q.to_heads(y, config.heads, keys[0]), positions, config.rope_theta)
-    k = rotary(self.k.to_heads(y, config.kv_heads, keys[1]), positions, config.rope_theta)
-    v = self.v.to_heads(y, config.kv_heads, keys[2])
+    q = rotary(self.q(y, keys[0]), positions, config.rope_theta)
+    k = rotary(self.k(y, keys[1]), positions, config.rope_theta)
+    v = self.v(y, keys[2])
     if cache is not None:
       k, v = cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
                            for old, new in zip(cache, (k, v)))
-    x = x + self.o.from_heads(attention(q, k, v), keys[3])
+    x = x + self.o(attention(q, k, v), keys[3])
     # Behind barriers norm and gate, and the gradients of both its factors, are computed once. A TPU's compiler would fuse them
     # into the products and compute them again for each of their tiles.
     y = jax.lax.optimization_barrier(self.mlp_norm(x))

@@ -15,23 +15,16 @@ _init_a = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class LoRALinear(Linear):
   """A `Linear` without bias plus adapters `lora_a` [n, r] and `lora_b` [r, m] (zero at the start)."""
 
-  def __init__(self, n: int, m: int, axes: LogicalAxes, config: LoRAConfig, *, rngs: nnx.Rngs, int8: bool = False):
-    super().__init__(n, m, axes, bias=False, rngs=rngs, int8=int8)
+  def __init__(self, n: int, m: int, axes: LogicalAxes, config: LoRAConfig, *, rngs: nnx.Rngs, int8: bool = False,
+               to_heads: int | None = None, from_heads: int | None = None):
+    super().__init__(n, m, axes, bias=False, rngs=rngs, int8=int8, to_heads=to_heads, from_heads=from_heads)
     self.lora_a = parameter(rngs, _init_a, (n, config.rank), (axes[0], None))
     self.lora_b = parameter(rngs, jax.nn.initializers.zeros, (config.rank, m), (None, axes[1]))
     self.scale, self.rate = config.alpha / config.rank, config.dropout
 
   def __call__(self, x: Array, key: Array | None = None) -> Array:
-    low = dropout(x, self.rate, key) @ self.lora_a[...].astype(x.dtype)
-    return self._sum(super().__call__(x), low @ self.lora_b[...].astype(x.dtype))
-
-  def to_heads(self, x: Array, heads: int, key: Array | None = None) -> Array:
-    low = dropout(x, self.rate, key) @ self.lora_a[...].astype(x.dtype)
-    return self._sum(super().to_heads(x, heads), product_to_heads(low, self.lora_b[...], heads))
-
-  def from_heads(self, x: Array, key: Array | None = None) -> Array:
-    low = product_from_heads(dropout(x, self.rate, key), self.lora_a[...])
-    return self._sum(super().from_heads(x), low @ self.lora_b[...].astype(x.dtype))
-
-  def _sum(self, frozen: Array, adapted: Array) -> Array:
-    return checkpoint_name(frozen + self.scale * adapted, LINEAR)
+    a, b = (factor[...].astype(x.dtype) for factor in (self.lora_a, self.lora_b))
+    dropped = dropout(x, self.rate, key)
+    low = dropped @ a if self.from_heads is None else product_from_heads(dropped, a)
+    adapted = low @ b if self.to_heads is None else product_to_heads(low, b.T, self.to_heads)
+    return checkpoint_name(super().__call__(x) + self.scale * adapted, LINEAR)

@@ -14,14 +14,19 @@ import jax.numpy as jnp
 SCALE = "_scale"  # what follows a kernel's path in that of its scale
 
 
-def quantise(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """float[..., n, m] -> int8[..., n, m] and the scales float32[..., m]."""
-  kernel = kernel.astype(jnp.float32)
-  largest = jnp.abs(kernel).max(-2)
+def inputs_axis(path: str) -> int:
+  """Over which axis the linear map with this parameter sums: a `kernel` is [..., n, m], a `weight` [..., m, n]."""
+  return -1 if path.endswith("/weight") else -2
+
+
+def quantise(matrix: jax.Array, inputs: int = -2) -> tuple[jax.Array, jax.Array]:
+  """float[..., n, m] -> int8[..., n, m] and the scales float32[..., m]. `inputs`: the axis of n, -2 or -1."""
+  matrix = matrix.astype(jnp.float32)
+  largest = jnp.abs(matrix).max(inputs)
   scale = jnp.where(largest > 0, largest / 127, 1)
-  return jnp.round(kernel / scale[..., None, :]).astype(jnp.int8), scale
+  return jnp.round(matrix / jnp.expand_dims(scale, inputs)).astype(jnp.int8), scale
 
 
-def dequantise(kernel: jax.Array, scale: jax.Array) -> jax.Array:
-  """The float32 kernel of `quantise`, each weight within half of its scale."""
-  return kernel.astype(jnp.float32) * scale[..., None, :]
+def dequantise(matrix: jax.Array, scale: jax.Array, inputs: int = -2) -> jax.Array:
+  """The float32 matrix of `quantise`, each weight within half of its scale."""
+  return matrix.astype(jnp.float32) * jnp.expand_dims(scale, inputs)

@@ -122,13 +122,20 @@ class Module:
             if 'custom_call_target="tpu_custom_call"' in i.rest]
 
   def collectives(self, devices: int) -> list[Collective]:
+    """Each as often as it runs. One that is fused to products stands in the fusion that starts it, in all beside which it goes
+    on, and in that which ends it, every time under the same channel: it counts once."""
     found = []
     for name, times in self.runs.items():
-      wrapped = name in self._asynchronous
+      wrapped, fused = name in self._asynchronous, set()
       for i in self.computations[name].values():
         inside = self.computations.get(i.called.get("calls"), {}).values() if i.opcode == "fusion" else ()
-        found += [_collective(c, times, devices, wrapped or c is not i) for c in (i, *inside)
-                  if c.opcode.removesuffix("-start") in KINDS]
+        for c in (i, *inside):
+          if c.opcode.removesuffix("-start") not in KINDS:
+            continue
+          channel = re.search(r"channel_id=(\d+)", c.rest) if c is not i else None
+          if channel is None or channel[1] not in fused:
+            found.append(_collective(c, times, devices, wrapped or c is not i))
+          fused |= {channel[1]} if channel else set()
     return found
 
   @functools.cached_property
@@ -159,10 +166,11 @@ class Module:
     return max(0, total)
 
   def _users(self, computation: str | None, parameter: int) -> list[tuple[Instruction, int]]:
-    """The instructions of a computation that take its parameter, and as which of their operands."""
+    """The instructions of a computation that take its parameter, under whatever shape, and as which of their operands."""
     inside = self.computations.get(computation, {}).values()
-    names = [i.name for i in inside if i.opcode == "parameter" and i.rest.startswith(f"{parameter})")]
-    return [(i, k) for i in inside for k, operand in enumerate(i.operands) if operand in names]
+    names = {i.name for i in inside if i.opcode == "parameter" and i.rest.startswith(f"{parameter})")}
+    names |= {i.name for i in inside if names.issuperset(i.operands) and "output_to_operand_aliasing" in i.rest}
+    return [(i, k) for i in inside if i.name not in names for k, operand in enumerate(i.operands) if operand in names]
 
   def _read(self, computation: str | None, parameter: int, size: int) -> int:
     """Bytes that a fused computation reads of its parameter of `size` bytes; fusions stand in fusions."""

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lyrics_jax.hf import blip2
 from lyrics_jax.hf.read import holds_weights
 from lyrics_jax.hf.table import UNKNOWN, Found, part
-from lyrics_jax.models.quantised import SCALE, dequantise, quantise
+from lyrics_jax.models.quantised import SCALE, dequantise, inputs_axis, quantise
 from lyrics_jax.training.checkpoint import Checkpoints, open_run
 from lyrics_jax.training.parameters import ParameterPlan, Parameters
 from refiner_export.settings import existing_path, require
@@ -67,7 +67,7 @@ def _earlier_run(plan: ParameterPlan, source: str, mesh: Mesh) -> Found:
       for path in wanted})
   earlier.close()
   for path in [path for path in taken if path + SCALE in taken and path + SCALE not in plan.shapes]:
-    taken[path] = dequantise(taken[path], taken.pop(path + SCALE))
+    taken[path] = dequantise(taken[path], taken.pop(path + SCALE), inputs_axis(path))
   left_over = sorted(set(saved) - set(wanted))
   return Found(taken, {"without a place in this model": left_over} if left_over else {})
 
@@ -76,9 +76,9 @@ def _placed(path: str, value: np.ndarray | jax.Array, plan: ParameterPlan, fresh
             shardings: dict[str, NamedSharding]) -> Parameters:
   """The value, laid out, in the plan's dtype, with the rows of the fresh one from there on; with a scale where that has one."""
   if path + SCALE in plan.shapes and value.dtype != jnp.int8:  # quantised where it lies: a scale is that of a whole column
-    kernel, scale = jax.jit(quantise, out_shardings=(shardings[path], shardings[path + SCALE]))(
-        jax.device_put(value, shardings[path]))
-    return {path: kernel, path + SCALE: scale}
+    matrix, scale = jax.jit(quantise, static_argnums=1, out_shardings=(shardings[path], shardings[path + SCALE]))(
+        jax.device_put(value, shardings[path]), inputs_axis(path))
+    return {path: matrix, path + SCALE: scale}
   like, value = plan.shapes[path], value.astype(plan.shapes[path].dtype)
   whole = value if value.shape == like.shape else fresh[path].at[:len(value)].set(value)
   return {path: jax.device_put(whole, shardings[path])}

@@ -10,7 +10,7 @@ from lyrics_jax.hf import stream
 from lyrics_jax.hf.from_hf import convert
 from lyrics_jax.hf.stored import StoredRun
 
-KERNEL = "llm/stack/blocks/q/kernel"
+WEIGHT = "llm/stack/blocks/q/weight"
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def test_of_a_run(tokenizer_directory, reads, tmp_path):
   """Orbax puts all layers in one chunk, which is read once."""
   config = make_run_config("instruct", tmp_path / "run", tokenizer_directory)
   parameters, run = save_run(config), StoredRun(config.output)
-  for path in (KERNEL, f"{KERNEL.removesuffix('kernel')}lora_a", "perception/vision/stack/blocks/up/bias"):
+  for path in (WEIGHT, WEIGHT.replace("weight", "lora_a"), "perception/vision/stack/blocks/up/bias"):
     reads.clear()
     for layer, expected in enumerate(parameters[path]):
       np.testing.assert_array_equal(run.read(path, layer), expected, err_msg=path)
@@ -42,10 +42,10 @@ def test_lora_and_scales_of_one_layer_are_those_of_all(frozen_dtype, tokenizer_d
   save_run(config)
   run = StoredRun(config.output)
   for merged in (False, True):
-    whole = run.read(KERNEL, merged=merged)
-    assert whole.dtype == run.dtype(KERNEL) == ("bfloat16" if frozen_dtype == "int8" else "float32")
-    np.testing.assert_array_equal(np.stack([run.read(KERNEL, layer, merged) for layer in range(len(whole))]), whole)
-  assert (run.read(KERNEL, merged=True) != run.read(KERNEL)).any()
+    whole = run.read(WEIGHT, merged=merged)
+    assert whole.dtype == run.dtype(WEIGHT) == ("bfloat16" if frozen_dtype == "int8" else "float32")
+    np.testing.assert_array_equal(np.stack([run.read(WEIGHT, layer, merged) for layer in range(len(whole))]), whole)
+  assert (run.read(WEIGHT, merged=True) != run.read(WEIGHT)).any()
 
 
 def test_of_converted_weights(tokenizer_directory, reads, tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_of_converted_weights(tokenizer_directory, reads, tmp_path, monkeypatch)
   convert(config, {kind: str(tmp_path / kind) for kind in ("clip", "llama")}, str(tmp_path / "converted"))
   run, layers = StoredRun(str(tmp_path / "converted")), len(model.model.layers)
   for layer in range(layers):
-    expected = model.model.layers[layer].self_attn.q_proj.weight.detach().numpy().T
-    np.testing.assert_array_equal(run.read(KERNEL, layer), expected.astype("bfloat16"))
-  assert reads == [(KERNEL, slice(layer, layer + 1)) for layer in range(layers)]
+    expected = model.model.layers[layer].self_attn.q_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(run.read(WEIGHT, layer), expected.astype("bfloat16"))
+  assert reads == [(WEIGHT, slice(layer, layer + 1)) for layer in range(layers)]
   assert epath.Path(tmp_path / "converted" / "frozen" / "_METADATA").exists()

@@ -110,7 +110,7 @@ def source(request, tmp_path):
 
 
 @pytest.mark.parametrize("path, index, sizes", [
-    ("llm/stack/blocks/q/kernel", np.s_[1:2, :, 4:12], [16 * 8]),  # of one layer, and of that what is asked for
+    ("llm/stack/blocks/q/weight", np.s_[1:2, 4:12, :], [16 * 8]),  # of one layer, and of that what is asked for
     ("llm/stack/blocks/down/kernel", np.s_[:, 8:16, :], [8 * 16] * 2),
     ("llm/head/kernel", np.s_[:, 10:20], [16 * 10]), ("llm/words/embedding", np.s_[40:48, :], [8 * 16])])
 def test_a_part_is_read_by_itself(path, index, sizes, source, monkeypatch):

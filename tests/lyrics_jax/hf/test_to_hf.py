@@ -25,8 +25,9 @@ from lyrics_jax.hf.modeling_lyrics import LyricsForConditionalGeneration
 from lyrics_jax.hf.processing_lyrics import LyricsProcessor, RefinerFeatures
 from lyrics_jax.hf.read import read_tensors
 from lyrics_jax.hf.to_hf import export
-from lyrics_jax.training.parameters import ParameterPlan
+from lyrics_jax.models.quantised import SCALE, dequantise, inputs_axis
 from lyrics_jax.stages import make_stage
+from lyrics_jax.training.parameters import ParameterPlan
 from refiner_export.manifest import Manifest
 from refiner_export.settings import UserError, from_dict
 
@@ -85,7 +86,7 @@ def test_stage_2_comes_back_bit_by_bit_with_its_adapter(exported):
   ours = exported.parameters
   apart, merged = read_back(exported.adapter, exported.config), read_back(exported.merged, exported.config)
   assert_identical(apart, ours, [path for path in ours if not path.startswith("llm/")])
-  changed = [f"llm/stack/blocks/{name}/kernel" for name in "qv"]
+  changed = [f"llm/stack/blocks/{name}/weight" for name in "qv"]
   assert_identical(merged, ours, [path for path in ours if path not in changed and not lyrics_names.is_lora(path)])
   shapes = ParameterPlan.of(make_stage(exported.config)).shapes
   adapter = read_tensors(exported.adapter / "adapter" / "adapter_model.safetensors")
@@ -94,8 +95,8 @@ def test_stage_2_comes_back_bit_by_bit_with_its_adapter(exported):
   assert_identical({path: entry.read(adapter) for path, entry in entries.items()}, ours, entries)
   scale = exported.config.model.llm.lora.alpha / exported.config.model.llm.lora.rank
   for path in changed:
-    a, b = (ours[path.replace("kernel", leaf)] for leaf in ("lora_a", "lora_b"))
-    np.testing.assert_allclose(merged[path], ours[path] + scale * np.einsum("lnr,lrm->lnm", a, b), atol=1e-5)
+    a, b = (ours[path.replace("weight", leaf)] for leaf in ("lora_a", "lora_b"))
+    np.testing.assert_allclose(merged[path], ours[path] + scale * np.einsum("lnr,lrm->lmn", a, b), atol=1e-5)
 
 
 def test_int8_is_written_out(tokenizer_directory, tmp_path):
@@ -105,14 +106,14 @@ def test_int8_is_written_out(tokenizer_directory, tmp_path):
   tensors = read_tensors(tmp_path / "merged")
   assert not any("scale" in name for name in tensors)
   lora = config.model.llm.lora
-  kernel = lambda path, layer: ours[f"{path}/kernel"][layer] * ours[f"{path}/kernel_scale"][layer]
+  dequantised = lambda path, layer: dequantise(ours[path][layer], ours[path + SCALE][layer], inputs_axis(path))
   added = lambda path, layer: lora.alpha / lora.rank * ours[f"{path}/lora_a"][layer] @ ours[f"{path}/lora_b"][layer]
   up, q = "perception/vision/stack/blocks/up", "llm/stack/blocks/q"
-  for name, expected in (("vision_model.encoder.layers.1.mlp.fc1", kernel(up, 1)),
-                         ("language_model.model.layers.1.self_attn.q_proj", kernel(q, 1) + added(q, 1))):
+  for name, expected in (("vision_model.encoder.layers.1.mlp.fc1", dequantised(f"{up}/kernel", 1).T),
+                         ("language_model.model.layers.1.self_attn.q_proj", dequantised(f"{q}/weight", 1) + added(q, 1).T)):
     got = tensors[f"{name}.weight"].read()
     assert got.dtype == "bfloat16"
-    np.testing.assert_allclose(got.astype(np.float32).T, expected, rtol=2**-8)  # bfloat16 keeps 8 bits
+    np.testing.assert_allclose(got.astype(np.float32), expected, rtol=2**-8)  # bfloat16 keeps 8 bits
 
 
 def test_the_files(exported):

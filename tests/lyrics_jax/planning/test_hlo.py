@@ -104,6 +104,17 @@ def test_a_started_gather_is_overlapped_and_counts_its_result_only():
   np.testing.assert_array_equal(gather.groups, [[0, 1, 2, 3], [4, 5, 6, 7]])
 
 
+def test_a_gather_that_goes_on_beside_several_fusions_counts_once():
+  gather = "  %all-gather.{0} = bf16[64,128]{{1,0}} all-gather(%param_0.{0}), channel_id=7, replica_groups={{{{0,1}}}}, dimensions={{0}}\n}}\n"
+  fused = "".join(f"%c.{n} (param_0.{n}: bf16[32,128]) -> bf16[64,128] {{\n  %param_0.{n} = bf16[32,128]{{1,0}} parameter(0)\n"
+                  + gather.format(n) for n in range(3))
+  steps = "".join(f"  %step.{n} = bf16[64,128]{{1,0}} fusion(%p), kind=kCustom, calls=%c.{n}\n" for n in range(3))
+  module = hlo.Module.parse(f"HloModule jit_f\n\n{fused}\nENTRY %main (p: bf16[32,128]) -> bf16[64,128] {{\n"
+                            f"  %p = bf16[32,128]{{1,0}} parameter(0)\n{steps}}}\n")
+  (gather,) = module.collectives(2)
+  assert (gather.runs, gather.bytes, gather.overlapped) == (1, 64 * 128 * 2, True)
+
+
 def test_traffic_counts_slices_and_leaves_out_the_cores_own_memory():
   row = 64 * 128 * 2
   read = row + 4  # of the stacked parameters one slice, and its index; the result stays in the core
@@ -120,6 +131,16 @@ def test_traffic_of_a_slice_in_a_fusion_of_a_fusion():
 %body ("""
   nested = TPU.replace("%body (", outer, 1).replace("fusion(%all, %i), kind=kLoop, calls=%fused_computation.1", "fusion(%i, %all), kind=kLoop, calls=%outer")
   assert hlo.Module.parse(nested).traffic() == hlo.Module.parse(TPU).traffic()
+
+
+def test_traffic_of_a_slice_of_an_array_that_was_given_other_tiles():
+  """As int8 parameters are: a fusion of its own that moves nothing."""
+  tiled = """%fused_computation.1 (param_0.1: bf16[3,64,128], param_1.1: s32[]) -> bf16[64,128] {"""
+  assert tiled in TPU and "dynamic-slice(%param_0.1, " in TPU
+  seen = TPU.replace("dynamic-slice(%param_0.1, ", "dynamic-slice(%fusion.9, ", 1).replace(
+      "  %dynamic-slice.1 = ", "  %fusion.9 = bf16[3,64,128]{2,1,0:T(16,128)(2,1)} fusion(%param_0.1), kind=kLoop, "
+      "output_to_operand_aliasing={{}: (0, {})}, calls=%copy_fusion\n  %dynamic-slice.1 = ", 1)
+  assert hlo.Module.parse(seen).traffic() == hlo.Module.parse(TPU).traffic()
 
 
 @pytest.mark.parametrize("text, groups", [

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from lyrics_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from lyrics_jax.models.quantised import SCALE, quantise
+from lyrics_jax.models.quantised import SCALE, inputs_axis, quantise
 from lyrics_jax.training.checkpoint import Checkpoints
 from lyrics_jax.training.initialise import initial_parameters
 from lyrics_jax.training.sharding import make_mesh
@@ -41,7 +41,7 @@ def test_only_frozen_kernels_of_blocks_are_quantised(train):
   plan = tiny.make_plan(tiny.make_config("instruct", model__llm__train=train, model__frozen_dtype="int8"))
   dtypes = {path: shape.dtype.name for path, shape in plan.shapes.items()}
   blocks = BLOCKS if train == "lora" else BLOCKS[1:]
-  quantised = {path for path in dtypes if path.startswith(blocks) and path.endswith("/kernel")}
+  quantised = {path for path in dtypes if path.startswith(blocks) and path.endswith(("/kernel", "/weight"))}
   assert quantised and {path for path in dtypes if dtypes[path] == "int8"} == quantised
   assert {path for path in dtypes if path.endswith(SCALE)} == {path + SCALE for path in quantised}
   assert all(dtypes[path] == ("float32" if path.endswith(SCALE) else "bfloat16")
@@ -54,7 +54,7 @@ def in_int8(frozen):
   plan, stored = tiny.make_plan(tiny.make_config("instruct", model__frozen_dtype="int8")), {}
   for path, value in frozen.items():
     if path + SCALE in plan.shapes:
-      stored[path], stored[path + SCALE] = quantise(value)
+      stored[path], stored[path + SCALE] = quantise(value, inputs_axis(path))
     else:
       stored[path] = value.astype(plan.shapes[path].dtype)
   return stored
@@ -78,9 +78,7 @@ def test_adapters_learn_nearly_the_same(one_device, gradients_on):
   assert rounded_metrics["loss"] == pytest.approx(metrics["loss"], rel=0.01)
   assert rounded.keys() == gradient.keys()
   for path in (path for path in gradient if "/lora_" in path):
-    ours, theirs = rounded[path].ravel(), gradient[path].ravel()
-    assert ours @ theirs > 0.98 * np.linalg.norm(ours) * np.linalg.norm(theirs), path
-    assert np.linalg.norm(ours) == pytest.approx(np.linalg.norm(theirs), rel=0.05), path
+    assert np.linalg.norm(rounded[path] - gradient[path]) < 0.15 * np.linalg.norm(gradient[path]), path
 
 
 @pytest.mark.parametrize("source, here, mesh", [
