@@ -13,8 +13,8 @@ os.environ["XLA_FLAGS"] = " ".join([
     "--xla_cpu_collective_call_terminate_timeout_seconds=600", "--xla_cpu_collective_timeout_seconds=600",
     # Programs here run once or twice: the compiler's own time is what they cost.
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]).strip()
-# A collective holds its thread until the last device has come, and a device may be in several at once: with a thread for
-# each device, as is the default, two collectives of eight devices can hold four each and wait for the others for ever.
+# A collective holds a thread of each device until the last one has come. With one thread per device, as is the default, the
+# suite has stood still for good, all threads waiting, presumably in two collectives at once; with 32 it has not.
 os.environ["PJRT_NPROC"] = "32"
 
 

@@ -63,10 +63,15 @@ class Sources:
     """The sources of 3B pairs: each picture twice, then its negative, next to each other. No picture's own are copied."""
     return dataclasses.replace(self, negative=negative)
 
-  def negatives(self, negatives: Negatives) -> "Sources":
+  def take(self, negatives: Negatives) -> "Sources":
     """The sources of each picture's negative."""
     take = jax.vmap(negatives.take)
     return Sources(*jax.tree.map(take, (self.visual, self.grounding)), negatives.take(self.grounding_valid))
+
+  @property
+  def pictures(self) -> list["Sources"]:
+    """The pictures' own, and the negatives' where there are any."""
+    return [self] if self.negative is None else [self, self.negative]
 
   @property
   def grounding_mask(self) -> Array:
@@ -283,14 +288,15 @@ class MQFormer(nnx.Module):
       columns, valid = [self.query_segments, *rows], [jnp.ones((batch, len(self.query_segments)), bool), *valid]
     columns, valid = np.concatenate(columns), jnp.concatenate(valid, axis=1)
     sight = masks.Sight.of(visibility, np.concatenate(rows), columns, valid)
-    pictures = [] if sources is None else [sources] if sources.negative is None else [sources, sources.negative]
+    pictures = [] if sources is None else sources.pictures
 
     def step(group, carry, x, key, end=(sight, None)):
       queries, words = carry
       keys_values, context = x
       cross, kept = (None, None), []
       if pictures:
-        visual, grounding = zip(*(((*v, None), (*g, picture.grounding_mask)) for (v, g), picture in zip(keys_values, pictures)))
+        visual = [(*visual, None) for visual, _ in keys_values]
+        grounding = [(*grounding, picture.grounding_mask) for (_, grounding), picture in zip(keys_values, pictures)]
         cross = attention_to(*visual), attention_to(*grounding)
       for n, (layer, layer_key) in enumerate(zip(group.layers, split_key(key, len(group.layers)))):
         before = None if context is None else jax.tree.map(lambda a: a[n], context)

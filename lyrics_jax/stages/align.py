@@ -141,7 +141,7 @@ def itm(model: LyricsForAlignment, features: Features, sources: Sources, text: T
   """
   pictures, texts, found = hard_negatives(similarity, caption_ids, negatives_key, blocks)
   negatives = Negatives(pictures, blocks)
-  negative = (sources.negatives(negatives) if blocks == _batch_shards()
+  negative = (sources.take(negatives) if blocks == _batch_shards()
               else model.perception.look_at(jax.tree.map(negatives.take, features)))
   queries, _ = model.perception.mq_former.joint_pass(
       sources.matching(negative), text.matching(Negatives(texts, blocks)), masks.ITM, key, read=())

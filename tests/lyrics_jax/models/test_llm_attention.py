@@ -24,13 +24,14 @@ def llm(heads=4, kv_heads=2, width=8):
   return LLMConfig(heads=heads, kv_heads=kv_heads, width=heads * width)
 
 
-def run(name, query, key, value, segments=SEGMENTS):
-  """One kernel's output at real tokens, and the gradients of a weighted sum of it."""
+def run(name, query, key, value, segments=SEGMENTS, dtype=None):
+  """One kernel's output at real tokens, and the gradients of a weighted sum of it. `dtype`: what it is said to compute in."""
   weights = np.random.default_rng(1).standard_normal(query.shape).astype(np.float32) * (segments > 0)[:, None, :, None]
 
   @jax.jit
   def outputs(*inputs):
-    out, pullback = jax.vjp(causal_attention(segments, llm(query.shape[1], key.shape[1]), name, query.dtype), *inputs)
+    attend = causal_attention(segments, llm(query.shape[1], key.shape[1]), name, jnp.dtype(dtype or query.dtype))
+    out, pullback = jax.vjp(attend, *inputs)
     return out, *pullback(weights)
 
   out, *gradients = map(np.asarray, outputs(query, key, value))
@@ -59,6 +60,31 @@ def test_splash_equals_xla(heads, kv_heads, mesh):
       got = run("splash", q, k, v)
   for ours, theirs in zip(got, expected):
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)  # float32 sums in another order; values of size 1
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
+def test_cudnn_is_asked_for_the_same(heads, kv_heads, monkeypatch):
+  """What the kernel is given, computed by another implementation of the same call: cuDNN itself needs a GPU."""
+  asked, real = [], jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *inputs, implementation, **more: asked.append(implementation) or real(
+      *inputs, implementation="xla", **more))
+  q, k, v = inputs(heads, kv_heads)
+  got = run("cudnn", q, k, v, dtype="bfloat16")
+  assert asked == ["cudnn"]
+  for ours, theirs in zip(got, run("xla", q, k, v)):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)  # float32 sums in another order; values of size 1
+
+
+def test_cudnn_takes_these_shapes(monkeypatch):
+  """JAX's own checks of what cuDNN can do pass, forward and backward, when a program for a GPU is lowered here."""
+  cudnn = "jax._src.cudnn.fused_attention_stablehlo."
+  monkeypatch.setattr(f"{cudnn}check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(f"{cudnn}check_compute_capability", lambda capability: capability in ("8.0", "9.0"))
+  attend = causal_attention(jnp.asarray(SEGMENTS), llm(width=128), "cudnn", jnp.dtype("bfloat16"))
+  gradient = jax.jit(jax.grad(lambda *inputs: attend(*inputs).astype(jnp.float32).sum(), argnums=(0, 1, 2)))
+  shapes = [jax.ShapeDtypeStruct((BATCH, n, LENGTH, 128), jnp.bfloat16) for n in (4, 2, 2)]
+  text = gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+  assert "@__cudnn$fmhaScaleBiasSoftmax(" in text and "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
 
 
 def test_xla_equals_a_softmax_over_the_own_segment():
