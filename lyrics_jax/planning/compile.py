@@ -105,8 +105,10 @@ def compile_step(layout: Layout) -> Program:
   # a chip's HBM; the sum of all that it lists is up to a third larger.
   hbm = layout.resident | {"padding of arguments": max(0, memory.argument_size_in_bytes - sum(layout.resident.values()))}
   hbm["code"] = memory.generated_code_size_in_bytes
-  hbm["activations and temporary"] = memory.peak_memory_in_bytes - sum(hbm.values())
-  return Program(layout, Module.parse(compiled.as_text()), hbm, time.monotonic() - start)
+  module, rest = Module.parse(compiled.as_text()), memory.peak_memory_in_bytes - sum(hbm.values())
+  hbm["activations"] = min(rest, module.kept_by_loops())
+  hbm["temporary"] = rest - hbm["activations"]
+  return Program(layout, module, hbm, time.monotonic() - start)
 
 
 def _too_large(error: Exception) -> DoesNotFit | None:

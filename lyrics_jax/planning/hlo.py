@@ -142,6 +142,36 @@ class Module:
   def _asynchronous(self) -> set[str]:
     return {i.called.get("calls") for c in self.computations.values() for i in c.values() if i.opcode == "async-start"}
 
+  def kept_by_loops(self) -> int:
+    """Bytes in HBM that loops write and later loops only read: of a step, what the layers' forward passes keep for the backward ones."""
+    total = 0
+    for name in self.runs:
+      users = collections.defaultdict(list)
+      for i in self.computations[name].values():
+        for place, operand in enumerate(i.operands):
+          users[operand].append((i, place))
+      for loop in (i for i in self.computations[name].values() if i.opcode == "while"):
+        written = (i for i, _ in users[loop.name] if i.opcode == "get-tuple-element" and _index(i) not in self._handed_on(loop))
+        total += sum(in_hbm(i.shape) for i in written if self._read_by_a_loop(i, users))
+    return total
+
+  def _handed_on(self, loop: Instruction) -> set[int]:
+    """Which elements of its state a loop only reads."""
+    body = self.computations[loop.called["body"]]
+    state, = (i.name for i in body.values() if i.opcode == "parameter")
+    root, = (i for i in body.values() if i.root)
+    return {n for n, operand in enumerate(root.operands)
+            if body[operand].opcode == "get-tuple-element" and body[operand].operands == (state,) and _index(body[operand]) == n}
+
+  def _read_by_a_loop(self, array: Instruction, users: dict[str, list[tuple[Instruction, int]]]) -> bool:
+    """Whether a loop's state has the array, perhaps copied, as an element that the loop only reads."""
+    for user, place in users[array.name]:
+      if user.opcode == "tuple" and any(i.opcode == "while" and place in self._handed_on(i) for i, _ in users[user.name]):
+        return True
+      if user.opcode in ("bitcast", "copy", "copy-start", "copy-done") and self._read_by_a_loop(user, users):
+        return True
+    return False
+
   def traffic(self) -> int:
     """Bytes read from and written to HBM, about: every instruction's operands and results that lie there.
 
@@ -179,6 +209,11 @@ class Module:
       return size
     return min(size, sum(bytes_of(i.shape) if i.opcode == "dynamic-slice" else self._read(i.called.get("calls"), k, size)
                          for i, k in users))
+
+
+def _index(element: Instruction) -> int:
+  """Of a get-tuple-element."""
+  return int(re.search(r"index=(\d+)", element.rest)[1])
 
 
 def bytes_of(shape: str) -> int:

@@ -115,6 +115,18 @@ def test_a_gather_that_goes_on_beside_several_fusions_counts_once():
   assert (gather.runs, gather.bytes, gather.overlapped) == (1, 64 * 128 * 2, True)
 
 
+def test_what_a_loop_keeps_for_a_later_one():
+  """The cosines of each layer, as long as the backward pass is a loop that reads them."""
+  def program(depth):
+    return lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, length=depth)[0].sum()
+
+  x = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+  module = lambda function: hlo.Module.parse(jax.jit(function).lower(x).compile().as_text())
+  assert module(jax.grad(program(LAYERS))).kept_by_loops() == LAYERS * 64 * 128 * 4
+  assert module(program(LAYERS)).kept_by_loops() == 0
+  assert module(jax.grad(jax.checkpoint(program(LAYERS)))).kept_by_loops() == LAYERS * 64 * 128 * 4
+
+
 def test_traffic_counts_slices_and_leaves_out_the_cores_own_memory():
   row = 64 * 128 * 2
   read = row + 4  # of the stacked parameters one slice, and its index; the result stays in the core
