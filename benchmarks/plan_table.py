@@ -23,7 +23,8 @@ ROWS = (  # what, configuration, slice, changes
     ("stage 2, Vicuna-7B int8", instruct_vicuna7b, "v5e:1x1",
      {"mesh.fsdp": 1, "model.remat": "dots", "model.frozen_dtype": "int8", "optimizer.accumulate_steps": 64}),
     ("stage 1, batch 512", align_vit_l, "v5e:4x4", {}),
-    ("stage 2, Vicuna-13B bf16, batch 1024", instruct_vicuna13b, "v5p:4x4x4", {"batch_size": 1024}),  # 16 rows a chip
+    # 16 rows of 512 tokens on each chip of three slices
+    ("stage 2, Vicuna-13B bf16, batch 1024", instruct_vicuna13b, "v5p:4x4x4", {"batch_size": 1024}),
     ("stage 2, Vicuna-13B bf16, batch 256", instruct_vicuna13b, "v5p:2x2x4", {"batch_size": 256}),
     ("stage 2, Vicuna-13B bf16, batch 4096", instruct_vicuna13b, "v5p:4x8x8", {"batch_size": 4096}),
 )

@@ -151,7 +151,8 @@ class Module:
         for place, operand in enumerate(i.operands):
           users[operand].append((i, place))
       for loop in (i for i in self.computations[name].values() if i.opcode == "while"):
-        written = (i for i, _ in users[loop.name] if i.opcode == "get-tuple-element" and _index(i) not in self._handed_on(loop))
+        only_read = self._handed_on(loop)
+        written = (i for i, _ in users[loop.name] if i.opcode == "get-tuple-element" and _index(i) not in only_read)
         total += sum(in_hbm(i.shape) for i in written if self._read_by_a_loop(i, users))
     return total
 
@@ -196,9 +197,10 @@ class Module:
     return max(0, total)
 
   def _users(self, computation: str | None, parameter: int) -> list[tuple[Instruction, int]]:
-    """The instructions of a computation that take its parameter, under whatever shape, and as which of their operands."""
+    """The instructions of a computation that take its parameter, under whatever tiles, and as which of their operands."""
     inside = self.computations.get(computation, {}).values()
     names = {i.name for i in inside if i.opcode == "parameter" and i.rest.startswith(f"{parameter})")}
+    # A fusion of this parameter alone, whose result is where it was, only gives it other tiles, as int8 ones get before a slice.
     names |= {i.name for i in inside if names.issuperset(i.operands) and "output_to_operand_aliasing" in i.rest}
     return [(i, k) for i in inside if i.name not in names for k, operand in enumerate(i.operands) if operand in names]
 
