@@ -27,7 +27,7 @@ $(VENV)/.dev: setup.py constraints.txt | $(PY)
 quickstart: $(VENV)/.quickstart
 	@echo "== 1/5 export: twelve photographs, their objects and local features become records"
 	$(PY) -m refiner_export --config configs/export_quickstart.py
-	$(PY) -m refiner_export.gallery $(RUN)/records
+	$(PY) -m refiner_export.pages.gallery $(RUN)/records
 	@echo "== 2/5 tokenizers, trained on the records' texts"
 	test -d $(RUN)/tokenizers || $(PY) -m lyrics_jax.data.train_tokenizers --records $(RUN)/records --output $(RUN)/tokenizers
 	@echo "== 3/5 stage 1: align pictures, objects and text"

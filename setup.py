@@ -38,7 +38,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",  # 3.14 is not tested: not every dependency has wheels for it
     packages=find_packages(include=["lyrics_jax", "lyrics_jax.*", "refiner_export", "refiner_export.*"]),
-    package_data={"refiner_export": ["*.jinja", "sources/*.json"], "lyrics_jax": ["evaluation/*.jinja", "hf/*.jinja"]},
+    package_data={"refiner_export": ["pages/*.jinja", "sources/*.json"], "lyrics_jax": ["evaluation/*.jinja", "weights/*.jinja", "torch_model/*.py"]},
     install_requires=BASE,
     extras_require={
         "quickstart": PHOTOS,

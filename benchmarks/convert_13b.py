@@ -28,10 +28,10 @@ from safetensors.numpy import save_file
 
 from lyrics_jax.config import Config, DataConfig, LLMConfig, MQFormerConfig, ModelConfig, VisionConfig
 from lyrics_jax.data.train_tokenizers import write_tokenizers
-from lyrics_jax.hf.from_hf import convert
-from lyrics_jax.hf.lyrics_names import LANGUAGE_PREFIX
-from lyrics_jax.hf.read import read_tensors
-from lyrics_jax.hf.to_hf import export
+from lyrics_jax.weights.from_hf import convert
+from lyrics_jax.weights.lyrics_names import LANGUAGE_PREFIX
+from lyrics_jax.weights.read import read_tensors
+from lyrics_jax.weights.to_hf import export
 
 LAYER = {
     "input_layernorm": ("norm",), "post_attention_layernorm": ("norm",),

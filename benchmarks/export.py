@@ -38,17 +38,17 @@ from PIL import Image
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 from benchmarks import random_refiner  # noqa: E402
-from refiner_export import pipeline  # noqa: E402
-from refiner_export.config import ImageSettings  # noqa: E402
-from refiner_export.images import to_jpeg  # noqa: E402
-from refiner_export.record import Record, Schema  # noqa: E402
+from refiner_export.export import pipeline  # noqa: E402
+from refiner_export.export.config import ImageSettings  # noqa: E402
+from refiner_export.export.images import to_jpeg  # noqa: E402
+from refiner_export.records.record import Record, Schema  # noqa: E402
 from refiner_export.refiners.base import Detections, Picture, Segments, Tags  # noqa: E402
 from refiner_export.refiners.compute import Compute  # noqa: E402
-from refiner_export.refiners.grounding_dino import GroundingDino, GroundingDinoDetector  # noqa: E402
+from refiner_export.refiners.grounding_dino.detector import GroundingDino, GroundingDinoDetector  # noqa: E402
 from refiner_export.refiners.neural import NeuralModels  # noqa: E402
-from refiner_export.refiners.ram_plus_tagger import RamPlusTagger  # noqa: E402
-from refiner_export.refiners.sam_hq import SamHQ, SamHQSegmenter  # noqa: E402
-from refiner_export.refiners.sam_hq_decoder import MaskDecoder  # noqa: E402
+from refiner_export.refiners.ram_plus.tagger import RamPlusTagger  # noqa: E402
+from refiner_export.refiners.sam_hq.segmenter import SamHQ, SamHQSegmenter  # noqa: E402
+from refiner_export.refiners.sam_hq.decoder import MaskDecoder  # noqa: E402
 from refiner_export.sources.base import SourceExample  # noqa: E402
 
 FLAGS = flags.FLAGS

@@ -24,12 +24,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import random_refiner  # noqa: E402
-from refiner_export.images import open_upright  # noqa: E402
-from refiner_export.reader import RecordDirectory  # noqa: E402
+from refiner_export.export.images import open_upright  # noqa: E402
+from refiner_export.records.reader import RecordDirectory  # noqa: E402
 from refiner_export.refiners.base import Picture, Tags  # noqa: E402
 from refiner_export.refiners.compute import Compute  # noqa: E402
-from refiner_export.refiners.grounding_dino import GroundingDino  # noqa: E402
-from refiner_export.refiners.ram_plus_tagger import RamPlus  # noqa: E402
+from refiner_export.refiners.grounding_dino.detector import GroundingDino  # noqa: E402
+from refiner_export.refiners.ram_plus.tagger import RamPlus  # noqa: E402
 from refiner_export.sources.coco import Coco  # noqa: E402
 
 FLAGS = flags.FLAGS

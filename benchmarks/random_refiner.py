@@ -9,9 +9,9 @@ import pathlib
 import torch
 from transformers import BertConfig, BertTokenizer, GroundingDinoConfig, SamHQConfig, SamHQModel, SwinConfig
 
-from refiner_export.refiners import swin
-from refiner_export.refiners.grounding_dino_model import GroundingDinoModel
-from refiner_export.refiners.ram_plus import RAM_PLUS_SWIN_B, RAM_PLUS_SWIN_L, RamPlusConfig, RamPlusModel
+from refiner_export.refiners.ram_plus import swin
+from refiner_export.refiners.grounding_dino.model import GroundingDinoModel
+from refiner_export.refiners.ram_plus.model import RAM_PLUS_SWIN_B, RAM_PLUS_SWIN_L, RamPlusConfig, RamPlusModel
 
 _WORDS = 1000  # of two of which each tag is made, as real tags are of one to three word pieces
 _FIRST_WORD = 2000

@@ -3,11 +3,11 @@
 Put the files where the fields below say, or say where they are: `--config.refiner.tagger.checkpoint=...`.
 """
 
-from refiner_export.config import ExportConfig, ImageSettings
-from refiner_export.refiners.grounding_dino import GroundingDino
+from refiner_export.export.config import ExportConfig, ImageSettings
+from refiner_export.refiners.grounding_dino.detector import GroundingDino
 from refiner_export.refiners.neural import NeuralRefiner
-from refiner_export.refiners.ram_plus_tagger import RamPlus
-from refiner_export.refiners.sam_hq import SamHQ
+from refiner_export.refiners.ram_plus.tagger import RamPlus
+from refiner_export.refiners.sam_hq.segmenter import SamHQ
 from refiner_export.sources.coco import Coco
 
 

@@ -1,6 +1,6 @@
 """Twelve annotated photos that Python packages carry: no download, no accelerator, a few seconds."""
 
-from refiner_export.config import ExportConfig
+from refiner_export.export.config import ExportConfig
 from refiner_export.sources.photos import Photos
 
 

@@ -19,9 +19,9 @@ from lyrics_jax.evaluation.attention_picture import draw
 from lyrics_jax.evaluation.record_name import read_record
 from lyrics_jax.evaluation.trained import TrainedModel
 from lyrics_jax.training.checkpoint import saved_config, trained_manifest
-from refiner_export import settings
-from refiner_export.settings import existing_path, require
-from refiner_export.shard_files import write_atomically
+from refiner_export.common import settings
+from refiner_export.common.settings import existing_path, require
+from refiner_export.common.files import write_atomically
 
 
 def attention(checkpoint: str, record: str, output: str) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import field
 from typing import Literal
 
-from refiner_export.settings import Settings, require
+from refiner_export.common.settings import Settings, require
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "attention", "full"]  # from most memory to most work, see `models/layers.py`

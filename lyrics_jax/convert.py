@@ -16,8 +16,8 @@ from absl import flags
 
 from lyrics_jax import logs
 from lyrics_jax.config import Config
-from refiner_export import settings
-from refiner_export.settings import require
+from refiner_export.common import settings
+from refiner_export.common.settings import require
 
 SOURCES = {"clip": "CLIP: a Hugging Face directory or file", "llama": "LLaMA or Vicuna: a Hugging Face directory",
            "blip2": "BLIP-2 stage 1: LAVIS' .pth, or a Hugging Face directory",
@@ -32,7 +32,7 @@ def from_hf() -> None:
   flags.DEFINE_string("output", None, "the new directory, for config.init_from")
 
   def main():
-    from lyrics_jax.hf.from_hf import convert
+    from lyrics_jax.weights.from_hf import convert
     paths = {kind: flags.FLAGS[kind].value for kind in SOURCES if flags.FLAGS[kind].value}
     convert(config.value, paths, _required("output", "name the directory to write"))
 
@@ -45,7 +45,7 @@ def to_hf() -> None:
   flags.DEFINE_enum("lora", "merge", ["merge", "adapter"], "LoRA is added to the kernels, or stays an adapter")
 
   def main():
-    from lyrics_jax.hf.to_hf import export
+    from lyrics_jax.weights.to_hf import export
     checkpoint = _required("checkpoint", "name the output directory of a run")
     export(checkpoint, _required("output", "name the directory to write"), flags.FLAGS.lora)
 
@@ -57,7 +57,7 @@ def check() -> None:
   flags.DEFINE_string("hf", None, "the directory that to-hf made of it")
 
   def main():
-    from lyrics_jax.hf.check import compare
+    from lyrics_jax.weights.check import compare
     checkpoint = _required("checkpoint", "name the output directory of a run")
     compare(checkpoint, _required("hf", "name a directory that to-hf wrote"))
 

@@ -16,10 +16,10 @@ from lyrics_jax.evaluation.answerer import Answerer
 from lyrics_jax.evaluation.progress import chunks
 from lyrics_jax.evaluation.questions import Answered, first_questions, judge, summarise
 from lyrics_jax.training.checkpoint import saved_config, trained_manifest
-from refiner_export import settings
-from refiner_export.reader import RecordDirectory
-from refiner_export.settings import require
-from refiner_export.shard_files import write_atomically
+from refiner_export.common import settings
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.common.settings import require
+from refiner_export.common.files import write_atomically
 
 _WRITTEN = ("record", "task", "kind", "question", "answer", "prediction", "score")  # of each answer, in predictions.jsonl
 

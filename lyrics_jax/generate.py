@@ -17,14 +17,14 @@ from lyrics_jax.evaluation.answerer import Answerer
 from lyrics_jax.evaluation.record_name import read_record
 from lyrics_jax.evaluation.drawing import draw_boxes, picture_format
 from lyrics_jax.training.checkpoint import saved_config, trained_manifest
-from refiner_export import settings
-from refiner_export.config import refiner_from_manifest
-from refiner_export.images import UnreadableImage
-from refiner_export.manifest import Manifest
-from refiner_export.pipeline import refine_photo
-from refiner_export.record import Record
-from refiner_export.settings import UserError, existing_path, require
-from refiner_export.shard_files import write_atomically
+from refiner_export.common import settings
+from refiner_export.export.config import refiner_from_manifest
+from refiner_export.export.images import UnreadableImage
+from refiner_export.records.manifest import Manifest
+from refiner_export.export.pipeline import refine_photo
+from refiner_export.records.record import Record
+from refiner_export.common.settings import UserError, existing_path, require
+from refiner_export.common.files import write_atomically
 
 _LARGEST_BATCH = 8
 

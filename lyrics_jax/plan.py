@@ -19,9 +19,9 @@ from lyrics_jax.planning.compile import DoesNotFit, Layout, compile_step
 from lyrics_jax.planning.cost import cost_of
 from lyrics_jax.planning.report import Report
 from lyrics_jax.planning.topology import Target
-from refiner_export import settings
-from refiner_export.settings import require
-from refiner_export.shard_files import write_atomically
+from refiner_export.common import settings
+from refiner_export.common.settings import require
+from refiner_export.common.files import write_atomically
 
 
 def plan(config: Config, topology: str, output: str) -> None:

@@ -17,10 +17,10 @@ from lyrics_jax.evaluation.retrieval import KS
 from lyrics_jax.evaluation.retriever import FIGURES, Retriever, retrieve
 from lyrics_jax.evaluation.trained import TrainedModel
 from lyrics_jax.training.checkpoint import saved_config, trained_manifest
-from refiner_export import settings
-from refiner_export.reader import RecordDirectory
-from refiner_export.settings import existing_path, require
-from refiner_export.shard_files import write_atomically
+from refiner_export.common import settings
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.common.settings import existing_path, require
+from refiner_export.common.files import write_atomically
 
 _BATCH = 32
 

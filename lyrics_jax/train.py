@@ -9,7 +9,7 @@ from lyrics_jax import logs
 from lyrics_jax.config import Config
 from lyrics_jax.training import hosts
 from lyrics_jax.training.loop import train
-from refiner_export import settings
+from refiner_export.common import settings
 
 CONFIG = settings.define(Config)
 HOSTS = flags.DEFINE_string("hosts", None, "How several processes find each other where they are no TPU slice: auto, or "

@@ -9,10 +9,10 @@ import sys
 
 from absl import flags
 
-from refiner_export import verify
-from refiner_export.config import ExportConfig
-from refiner_export.run import ShardRange, export
-from refiner_export.settings import define, run
+from refiner_export.records import verify
+from refiner_export.export.config import ExportConfig
+from refiner_export.export.run import ShardRange, export
+from refiner_export.common.settings import define, run
 
 _SHARD_RANGE = flags.DEFINE_string(
     "shard-range", ":", "Make only these shards, e.g. 10:20; whichever run finds all finished completes the directory.")

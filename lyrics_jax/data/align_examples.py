@@ -11,8 +11,8 @@ from lyrics_jax.data.mq_former_text import encode_objects, encode_sentence, mask
 from lyrics_jax.data.padding import pad_ids
 from lyrics_jax.data.tokenizers import MQFormerTokenizer
 from lyrics_jax.data.visual import objects_in_view, visual_inputs
-from refiner_export.record import Record
-from refiner_export.settings import require
+from refiner_export.records.record import Record
+from refiner_export.common.settings import require
 
 IGNORED = -1  # target of a token that MSP does not predict
 

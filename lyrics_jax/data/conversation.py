@@ -13,7 +13,7 @@ import numpy as np
 
 from lyrics_jax.data.padding import pad_ids
 from lyrics_jax.data.tokenizers import LLMTokenizer
-from refiner_export.settings import require
+from refiner_export.common.settings import require
 
 NO_SLOT = -1  # image_slot of a token that is text
 

@@ -3,8 +3,8 @@
 import contextlib
 from collections.abc import Iterator
 
-from refiner_export.record import Record, RecordError
-from refiner_export.settings import UserError
+from refiner_export.records.record import Record, RecordError
+from refiner_export.common.settings import UserError
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from lyrics_jax.data.padding import pad_ids
 from lyrics_jax.data.spatial import fill_boxes, format_object, referred_boxes
 from lyrics_jax.data.tokenizers import LLMTokenizer, MQFormerTokenizer
 from lyrics_jax.data.visual import objects_in_view, visual_inputs
-from refiner_export.record import USER, Conversation, Record
+from refiner_export.records.record import USER, Conversation, Record
 
 _VIEW_TRIES = 10  # to find a view that keeps every box a conversation refers to
 

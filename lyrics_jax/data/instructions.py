@@ -7,7 +7,7 @@ family is the one that evaluation uses.
 
 import numpy as np
 
-from refiner_export.settings import require
+from refiner_export.common.settings import require
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "caption": (

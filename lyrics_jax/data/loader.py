@@ -17,9 +17,9 @@ from lyrics_jax.data import buckets
 from lyrics_jax.data.align_examples import AlignExamples
 from lyrics_jax.data.instruct_examples import InstructExamples
 from lyrics_jax.data.tokenizers import load_llm_tokenizer, load_mq_former_tokenizer, require_vocabulary
-from refiner_export.reader import RecordDirectory
-from refiner_export.record import Record
-from refiner_export.settings import require
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.records.record import Record
+from refiner_export.common.settings import require
 
 Batch = dict[str, np.ndarray | list[str]]  # an example's arrays stacked, and "ids", the records' names
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refiner_export.record import BOX_PLACEHOLDER
-from refiner_export.settings import require
+from refiner_export.records.record import BOX_PLACEHOLDER
+from refiner_export.common.settings import require
 
 SPECIAL_TOKENS = ("<br>", "</br>", "<T>", "</T>", "<Bbox>", "</Box>")
 

@@ -15,7 +15,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch 
 import transformers
 
 from lyrics_jax.data.spatial import SPECIAL_TOKENS
-from refiner_export.settings import UserError, require
+from refiner_export.common.settings import UserError, require
 
 # [DEC] comes first: appended to BERT's vocabulary it gets the id that it has in BLIP-2's checkpoint.
 MQ_FORMER_ADDED = ("[DEC]", "[BOS]", "[MLM]", *SPECIAL_TOKENS)

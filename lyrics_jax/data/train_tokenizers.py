@@ -22,9 +22,9 @@ from lyrics_jax.config import InstructConfig
 from lyrics_jax.data.instructions import instructions
 from lyrics_jax.data.spatial import SPECIAL_TOKENS, fill_boxes, format_object
 from lyrics_jax.data.tokenizers import MQ_FORMER_ADDED
-from refiner_export.reader import RecordDirectory
-from refiner_export.record import USER, Record
-from refiner_export.settings import require, run
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.records.record import USER, Record
+from refiner_export.common.settings import require, run
 
 VOCAB_SIZE = 1000  # upper bound of either vocabulary, added tokens included
 

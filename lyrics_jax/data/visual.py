@@ -5,8 +5,8 @@ import numpy as np
 from lyrics_jax.config import ModelConfig
 from lyrics_jax.data.images import View, decode, to_cxcywh
 from lyrics_jax.data.padding import pad_rows
-from refiner_export.record import Record
-from refiner_export.settings import UserError, require
+from refiner_export.records.record import Record
+from refiner_export.common.settings import UserError, require
 
 
 def visual_inputs(record: Record, view: View, model: ModelConfig) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ import numpy as np
 from lyrics_jax.data.loader import collate, make_examples
 from lyrics_jax.evaluation.trained import TrainedModel
 from lyrics_jax.models.decode import greedy
-from refiner_export.record import Record
+from refiner_export.records.record import Record
 
 
 class Answerer:

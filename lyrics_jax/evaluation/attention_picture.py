@@ -12,8 +12,8 @@ from matplotlib.patches import Rectangle
 
 from lyrics_jax.data.images import decode, to_xyxy
 from lyrics_jax.evaluation.scoring import iou
-from refiner_export.page import object_colour
-from refiner_export.record import Record
+from refiner_export.pages.page import object_colour
+from refiner_export.records.record import Record
 
 _ROWS = 4  # layers shown at most
 _COLUMNS = ("mean of all", "most focused", "least like it")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from lyrics_jax.training import metrics
 from lyrics_jax.training.checkpoint import saved_config
-from refiner_export.settings import require
+from refiner_export.common.settings import require
 
 OBJECTIVES = {"align": ("itc", "itm", "icg", "msp"), "instruct": ("lm",)}
 

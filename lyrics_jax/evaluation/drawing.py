@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from refiner_export.page import object_colour
-from refiner_export.settings import require
+from refiner_export.pages.page import object_colour
+from refiner_export.common.settings import require
 
 
 def picture_format(path: str) -> str:

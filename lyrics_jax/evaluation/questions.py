@@ -10,7 +10,7 @@ from lyrics_jax.data.instructions import instruction
 from lyrics_jax.data.loader import Records
 from lyrics_jax.data.spatial import fill_boxes, parse_boxes
 from lyrics_jax.evaluation import scoring
-from refiner_export.record import BOX_PLACEHOLDER, Record
+from refiner_export.records.record import BOX_PLACEHOLDER, Record
 
 
 @dataclasses.dataclass(frozen=True)

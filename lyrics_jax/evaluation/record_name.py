@@ -1,8 +1,8 @@
 """Records named on the command line."""
 
-from refiner_export.reader import RecordDirectory
-from refiner_export.record import Record
-from refiner_export.settings import require
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.records.record import Record
+from refiner_export.common.settings import require
 
 
 def read_record(name: str, fingerprint: str) -> Record:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from lyrics_jax.evaluation.curves import Curves
 from lyrics_jax.evaluation.questions import Answered
 from lyrics_jax.evaluation.scoring import RIGHT_IOU
-from refiner_export import page
-from refiner_export.reader import RecordDirectory
+from refiner_export.pages import page
+from refiner_export.records.reader import RecordDirectory
 
 TRUE, PREDICTED = "#1f6fe5", "#e4570c"  # solid and dashed
 _ASKED = "#6b7280"

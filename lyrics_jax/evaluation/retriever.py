@@ -25,7 +25,7 @@ from lyrics_jax.stages.align import image_features, text_features
 from lyrics_jax.stages.base import Array, Batch
 from lyrics_jax.training.parameters import ParameterPlan, Parameters
 from lyrics_jax.training.sharding import BATCH
-from refiner_export.settings import require
+from refiner_export.common.settings import require
 
 Example = dict[str, np.ndarray]
 FIGURES = ("", "captions_only_")  # texts with their picture's objects, and without

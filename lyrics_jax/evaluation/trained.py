@@ -12,7 +12,7 @@ from lyrics_jax.stages.base import Batch
 from lyrics_jax.training.checkpoint import open_run
 from lyrics_jax.training.parameters import ParameterPlan
 from lyrics_jax.training.sharding import global_batch, make_mesh
-from refiner_export.settings import require
+from refiner_export.common.settings import require
 
 
 class TrainedModel:

@@ -4,7 +4,7 @@ from jax.sharding import Mesh
 
 from lyrics_jax.evaluation.retriever import Retriever, retrieve
 from lyrics_jax.training.parameters import ParameterPlan, Parameters
-from refiner_export.reader import RecordDirectory
+from refiner_export.records.reader import RecordDirectory
 
 
 class WhileTraining:

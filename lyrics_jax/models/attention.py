@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from lyrics_jax.config import Attention, LLMConfig
 from lyrics_jax.models.layers import ATTENTION, ROWS, Array, attend_by_head
-from refiner_export.settings import require
+from refiner_export.common.settings import require
 
 _HEADS = "tensor"  # the mesh axis over which `training/sharding.py` splits heads
 _LANES = 128  # of a TPU's vector unit: a block of tokens is a multiple of it

@@ -7,7 +7,7 @@ v6e is the one at which the compiler's cycles of matrix products come to its pea
 
 import dataclasses
 
-from refiner_export.settings import require
+from refiner_export.common.settings import require
 
 
 @dataclasses.dataclass(frozen=True)

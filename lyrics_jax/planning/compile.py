@@ -19,7 +19,7 @@ from lyrics_jax.training.optimizer import learning_rate, make_optimizer
 from lyrics_jax.training.parameters import ParameterPlan
 from lyrics_jax.training.sharding import BATCH, check_batch, make_mesh
 from lyrics_jax.training.step import TrainState, make_train_step, state_sharding
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 
 class DoesNotFit(UserError):

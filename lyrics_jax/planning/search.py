@@ -11,7 +11,7 @@ from lyrics_jax.planning.report import Report
 from lyrics_jax.planning.topology import Target
 from lyrics_jax.stages import make_stage
 from lyrics_jax.training.parameters import ParameterPlan
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 
 @dataclasses.dataclass(frozen=True)

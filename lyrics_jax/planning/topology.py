@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from lyrics_jax.planning.chips import Chip, chip_of
-from refiner_export.settings import UserError, require
+from refiner_export.common.settings import UserError, require
 
 # What libtpu would otherwise ask a metadata server, or complain about, on a machine without a TPU.
 _NO_TPU_HERE = {

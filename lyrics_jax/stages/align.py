@@ -16,7 +16,7 @@ from lyrics_jax.models.layers import ROWS
 from lyrics_jax.models.lyrics import Features, LyricsForAlignment
 from lyrics_jax.models.mq_former import KeyValue, Negatives, Sources, Text, spatial_and_caption
 from lyrics_jax.stages.base import Array, Batch, Loss, cross_entropy, masked_mean, text_spec, visual_spec
-from refiner_export.settings import require
+from refiner_export.common.settings import require
 
 
 class Align:

@@ -17,9 +17,9 @@ from lyrics_jax.config import Config
 from lyrics_jax.data.loader import for_hosts
 from lyrics_jax.training.parameters import Parameters
 from lyrics_jax.training.step import TrainState
-from refiner_export import settings
-from refiner_export.manifest import MANIFEST, Manifest
-from refiner_export.settings import UserError, existing_path
+from refiner_export.common import settings
+from refiner_export.records.manifest import MANIFEST, Manifest
+from refiner_export.common.settings import UserError, existing_path
 
 
 class Checkpoints:

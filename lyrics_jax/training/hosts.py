@@ -5,7 +5,7 @@ import importlib.util
 
 import jax
 
-from refiner_export.settings import UserError, require
+from refiner_export.common.settings import UserError, require
 
 AUTO = "auto"
 _REMEDY = "expected ADDRESS:PORT,COUNT,INDEX, such as --hosts=10.0.0.1:8476,4,0 on the first of four, or --hosts=auto"

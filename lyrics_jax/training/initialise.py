@@ -6,13 +6,13 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lyrics_jax.hf import blip2
-from lyrics_jax.hf.read import holds_weights
-from lyrics_jax.hf.table import UNKNOWN, Found, part
+from lyrics_jax.weights import blip2
+from lyrics_jax.weights.read import holds_weights
+from lyrics_jax.weights.table import UNKNOWN, Found, part
 from lyrics_jax.models.quantised import SCALE, dequantise, inputs_axis, quantise
 from lyrics_jax.training.checkpoint import Checkpoints, open_run
 from lyrics_jax.training.parameters import ParameterPlan, Parameters
-from refiner_export.settings import existing_path, require
+from refiner_export.common.settings import existing_path, require
 
 
 def initial_parameters(plan: ParameterPlan, mesh: Mesh, checkpoints: Checkpoints) -> tuple[Parameters, Parameters]:

@@ -25,7 +25,7 @@ from lyrics_jax.training.optimizer import learning_rate, make_optimizer
 from lyrics_jax.training.parameters import ParameterPlan
 from lyrics_jax.training.sharding import check_batch, global_batch, make_mesh
 from lyrics_jax.training.step import initial_state, make_train_step
-from refiner_export.settings import UserError, require
+from refiner_export.common.settings import UserError, require
 
 
 class NonFiniteLoss(UserError):

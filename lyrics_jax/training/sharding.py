@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lyrics_jax.config import MeshConfig
 from lyrics_jax.models.layers import ROWS
-from refiner_export.settings import require
+from refiner_export.common.settings import require
 
 MESH_AXES = ("data", "fsdp", "tensor")
 MESH_AXIS_OF = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", None: None}

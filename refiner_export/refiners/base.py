@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from refiner_export.settings import Settings
+from refiner_export.common.settings import Settings
 from refiner_export.sources.base import SourceObject
 
 

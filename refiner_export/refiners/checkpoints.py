@@ -12,7 +12,7 @@ import torch
 from etils import epath
 from safetensors.torch import load_file
 
-from refiner_export.settings import UserError, require
+from refiner_export.common.settings import UserError, require
 
 _CHUNK = 1 << 22
 _PICKLED = ".pth", ".pt", ".bin"

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from refiner_export.settings import Settings, require
+from refiner_export.common.settings import Settings, require
 
 # Numbers below 1e-38 take a CPU ten times as long (a padded picture in random SAM-HQ ViT-B: 64 s against 6), and zero does
 # as well. Said here, before the first product of matrices: threads that run by then would not hear of it.

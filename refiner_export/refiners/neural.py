@@ -10,13 +10,13 @@ from PIL import Image
 
 from refiner_export.refiners.base import Detections, Picture, RefinerSettings, Segments, Tags
 from refiner_export.refiners.compute import Compute
-from refiner_export.refiners.grounding_dino import GroundingDino, GroundingDinoDetector
-from refiner_export.refiners.original.grounding_dino import OriginalGroundingDino
-from refiner_export.refiners.original.ram_plus import OriginalRamPlus
-from refiner_export.refiners.original.sam_hq import OriginalSamHQ
-from refiner_export.refiners.ram_plus_tagger import RamPlus, RamPlusTagger
-from refiner_export.refiners.sam_hq import SamHQ, SamHQSegmenter
-from refiner_export.settings import require
+from refiner_export.refiners.grounding_dino.detector import GroundingDino, GroundingDinoDetector
+from refiner_export.refiners.originals.grounding_dino import OriginalGroundingDino
+from refiner_export.refiners.originals.ram_plus import OriginalRamPlus
+from refiner_export.refiners.originals.sam_hq import OriginalSamHQ
+from refiner_export.refiners.ram_plus.tagger import RamPlus, RamPlusTagger
+from refiner_export.refiners.sam_hq.segmenter import SamHQ, SamHQSegmenter
+from refiner_export.common.settings import require
 
 _VERSION = 1  # to be raised whenever the three together would give other features; each has a version of its own
 _KINDS = {  # as each part calls itself when it is described

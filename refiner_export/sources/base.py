@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from refiner_export.record import ASSISTANT, USER, Conversation, Turn
+from refiner_export.records.record import ASSISTANT, USER, Conversation, Turn
 
 
 @dataclasses.dataclass(frozen=True)

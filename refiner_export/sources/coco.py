@@ -8,7 +8,7 @@ import json
 import numpy as np
 from etils import epath
 
-from refiner_export.settings import Settings, UserError, existing_path, require
+from refiner_export.common.settings import Settings, UserError, existing_path, require
 from refiner_export.sources.base import SourceExample, SourceObject, TextBoxes, ask, normalise_box
 
 

@@ -8,8 +8,8 @@ import pathlib
 
 from etils import epath
 
-from refiner_export.images import open_upright
-from refiner_export.settings import Settings, UserError, existing_path, require
+from refiner_export.export.images import open_upright
+from refiner_export.common.settings import Settings, UserError, existing_path, require
 from refiner_export.sources.base import SourceExample, SourceObject, TextBoxes, ask, normalise_box
 
 _PACKAGED = epath.Path(__file__).parent / "photos.json"

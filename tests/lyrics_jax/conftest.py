@@ -8,7 +8,7 @@ from PIL import Image
 
 from lyrics_jax.config import (Config, DataConfig, LLMConfig, MQFormerConfig, ModelConfig, RefinerConfig, VisionConfig)
 from lyrics_jax.data.train_tokenizers import record_texts, write_tokenizers
-from refiner_export.record import ASSISTANT, USER, Conversation, Record, Turn
+from refiner_export.records.record import ASSISTANT, USER, Conversation, Record, Turn
 
 TAGS = ("cat", "red ball", "fire hydrant", "dog", "café table")
 DIALOGUES = (

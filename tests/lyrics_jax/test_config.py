@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from lyrics_jax.config import Config
-from refiner_export.settings import UserError, from_dict
+from refiner_export.common.settings import UserError, from_dict
 
 
 @pytest.mark.parametrize("stage", ["align", "instruct"])

@@ -8,8 +8,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
 import dataclasses
 import configs.export_neural as published
-from refiner_export.refiners.original.grounding_dino import OriginalGroundingDino
-from refiner_export.refiners.original.sam_hq import OriginalSamHQ
+from refiner_export.refiners.originals.grounding_dino import OriginalGroundingDino
+from refiner_export.refiners.originals.sam_hq import OriginalSamHQ
 
 
 def get_config():

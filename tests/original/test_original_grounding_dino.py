@@ -11,9 +11,9 @@ from transformers import BertTokenizer
 
 from refiner_export.refiners.base import Tags
 from refiner_export.refiners.compute import Compute
-from refiner_export.refiners.grounding_dino import GroundingDino
-from refiner_export.refiners.original.grounding_dino import OriginalGroundingDino, build_untrained
-from refiner_export.settings import UserError
+from refiner_export.refiners.grounding_dino.detector import GroundingDino
+from refiner_export.refiners.originals.grounding_dino import OriginalGroundingDino, build_untrained
+from refiner_export.common.settings import UserError
 
 CPU = Compute(device="cpu")
 TAGS = ("cat", "red car"), ("persons", "house", "tree")

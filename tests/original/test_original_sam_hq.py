@@ -9,9 +9,9 @@ from tiny_models import randomise
 
 from refiner_export.refiners.base import Detections
 from refiner_export.refiners.compute import Compute
-from refiner_export.refiners.original.sam_hq import OriginalSamHQ
-from refiner_export.refiners.sam_hq import SamHQ
-from refiner_export.settings import UserError
+from refiner_export.refiners.originals.sam_hq import OriginalSamHQ
+from refiner_export.refiners.sam_hq.segmenter import SamHQ
+from refiner_export.common.settings import UserError
 
 CPU = Compute(device="cpu")
 BOXES = [[0.1, 0.2, 0.6, 0.9], [0.5, 0.0, 1.0, 0.4], [0.3, 0.3, 0.4, 0.4]], [[0, 0, 1, 1]]

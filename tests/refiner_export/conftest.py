@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from refiner_export.config import ExportConfig
-from refiner_export.refiners.classical import ClassicalRefiner
-from refiner_export.run import export
+from refiner_export.export.config import ExportConfig
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
+from refiner_export.export.run import export
 from refiner_export.sources.coco import Coco
 
 WIDTH, HEIGHT = 80, 60

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 
-from refiner_export.run import export
+from refiner_export.export.run import export
 
 KILLS = 20  # at least
 _OPERATIONS = "os.rename", "os.remove", "os.mkdir"

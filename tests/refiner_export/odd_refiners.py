@@ -5,8 +5,8 @@ import os
 import pathlib
 import signal
 
-from refiner_export.refiners.classical import ClassicalRefiner
-from refiner_export.settings import UserError
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
+from refiner_export.common.settings import UserError
 
 
 @dataclasses.dataclass(unsafe_hash=True)

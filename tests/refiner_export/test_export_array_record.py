@@ -11,16 +11,16 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 
 from lyrics_jax.data.loader import ConversationSource
-from refiner_export.array_record import ArrayRecordReader, write_shard
-from refiner_export.features import FeatureSums
-from refiner_export.formats import open_shard
-from refiner_export.formats import write_shard as write_any
-from refiner_export.manifest import Manifest, shard_name, write_tfds_metadata
-from refiner_export.reader import RecordDirectory
-from refiner_export.record import Record, RecordError
-from refiner_export.settings import UserError
-from refiner_export.shard_files import index_path
-from refiner_export.tfrecord import ShardReader
+from refiner_export.records.array_record import ArrayRecordReader, write_shard
+from refiner_export.records.features import FeatureSums
+from refiner_export.records.formats import open_shard
+from refiner_export.records.formats import write_shard as write_any
+from refiner_export.records.manifest import Manifest, shard_name, write_tfds_metadata
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.records.record import Record, RecordError
+from refiner_export.common.settings import UserError
+from refiner_export.records.shard_files import index_path
+from refiner_export.records.tfrecord import ShardReader
 
 DRAW = np.random.default_rng(0)
 PAYLOADS = [DRAW.bytes(30_000), b"", b"third", DRAW.bytes(40_000)]

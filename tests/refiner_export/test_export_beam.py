@@ -6,13 +6,13 @@ import pathlib
 import pytest
 from odd_refiners import LoggingRefiner, UnbuildableRefiner
 
-from refiner_export.run import ShardRange, export
-from refiner_export.settings import UserError
+from refiner_export.export.run import ShardRange, export
+from refiner_export.common.settings import UserError
 
 pytest.importorskip("apache_beam")
 from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
 
-from refiner_export.beam import run_with_beam  # noqa: E402
+from refiner_export.export.beam import run_with_beam  # noqa: E402
 
 # The engine inside `DirectRunner`, which would first look for another one on the network.
 LOCAL = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from refiner_export.refiners import checkpoints
 from refiner_export.refiners.checkpoints import fill, load_state_dict, sha256
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 WEIGHTS = {"layer.weight": torch.arange(6.).reshape(2, 3), "layer.bias": torch.ones(2, dtype=torch.bfloat16)}
 

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from refiner_export.gallery import render
-from refiner_export.reader import RecordDirectory
-from refiner_export.run import export
+from refiner_export.pages.gallery import render
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.export.run import export
 from refiner_export.sources.coco import Coco
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -34,9 +34,9 @@ def command(*arguments):
      "source.annotations not found: /no.json"),
     (["refiner_export", "verify"], "the following arguments are required: DIR"),
     (["refiner_export", "verify", "/nowhere"], "no manifest.json in /nowhere: run python -m refiner_export"),
-    (["refiner_export.gallery"], "the following arguments are required: DIR"),
-    (["refiner_export.gallery", "/nowhere"], "no manifest.json in /nowhere: run python -m refiner_export"),
-    (["refiner_export.gallery", "/nowhere", "--limit=no"], "argument --limit: invalid int value")])
+    (["refiner_export.pages.gallery"], "the following arguments are required: DIR"),
+    (["refiner_export.pages.gallery", "/nowhere"], "no manifest.json in /nowhere: run python -m refiner_export"),
+    (["refiner_export.pages.gallery", "/nowhere", "--limit=no"], "argument --limit: invalid int value")])
 def test_mistakes(arguments, message):
   result = command(*arguments)
   assert result.returncode == 2
@@ -50,7 +50,7 @@ def test_quickstart_and_gallery(tmp_path):
                    "--config.refiner.grid=3")
   assert result.returncode == 0, result.stderr
   assert result.stdout.splitlines()[-1].startswith(f"{output}: 2 records, 0 skipped, ")
-  result = command("refiner_export.gallery", output)
+  result = command("refiner_export.pages.gallery", output)
   assert result.returncode == 0 and result.stdout.strip() == str(output / "gallery.html"), result.stderr
   page = (output / "gallery.html").read_text()
   assert page.count("data:image/jpeg;base64,") == 2 and '="http' not in page
@@ -72,13 +72,13 @@ def test_gallery_escapes_texts(coco, tmp_path, make):
 
 def test_gallery_says_what_it_leaves_out(finished, tmp_path):
   copy = shutil.copytree(finished, tmp_path / "copy")
-  result = command("refiner_export.gallery", copy, "--limit", "3", "--output", tmp_path / "page.html")
+  result = command("refiner_export.pages.gallery", copy, "--limit", "3", "--output", tmp_path / "page.html")
   assert result.returncode == 0, result.stderr
   assert "the first 3 of 4 records" in (tmp_path / "page.html").read_text()
 
 
 def test_jax_and_torch_are_not_imported():
-  code = ("import sys, refiner_export.run, refiner_export.gallery, refiner_export.sources.coco; "
+  code = ("import sys, refiner_export.export.run, refiner_export.pages.gallery, refiner_export.sources.coco; "
           "print([name for name in ('jax', 'torch', 'tensorflow', 'pycocotools') if name in sys.modules])")
   result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
   assert result.stdout.strip() == "[]", result.stderr

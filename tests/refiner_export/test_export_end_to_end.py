@@ -10,12 +10,12 @@ from tiny_refiner import one_thread, tiny_ram_plus_size, tiny_refiner  # noqa: F
 from lyrics_jax.config import Config, DataConfig, MQFormerConfig, ModelConfig, RefinerConfig, VisionConfig
 from lyrics_jax.data.train_tokenizers import record_texts, write_tokenizers
 from lyrics_jax.training.loop import train
-from refiner_export.config import ExportConfig, refiner_from_manifest
-from refiner_export.pipeline import refine_photo
-from refiner_export.reader import RecordDirectory
-from refiner_export.record import fingerprint
-from refiner_export.run import export
-from refiner_export.settings import UserError
+from refiner_export.export.config import ExportConfig, refiner_from_manifest
+from refiner_export.export.pipeline import refine_photo
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.records.record import fingerprint
+from refiner_export.export.run import export
+from refiner_export.common.settings import UserError
 
 ROWS = 900  # as published; the networks are tiny, the records are not
 TOKENS = 256

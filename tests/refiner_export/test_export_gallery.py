@@ -10,12 +10,12 @@ import pytest
 from PIL import Image, ImageColor
 from pycocotools import mask as coco_mask
 
-from refiner_export import page
-from refiner_export.formats import write_shard
-from refiner_export.gallery import render
-from refiner_export.manifest import Manifest, shard_name
-from refiner_export.reader import RecordDirectory
-from refiner_export.record import OPTIONAL_FIELDS, Schema
+from refiner_export.pages import page
+from refiner_export.records.formats import write_shard
+from refiner_export.pages.gallery import render
+from refiner_export.records.manifest import Manifest, shard_name
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.records.record import OPTIONAL_FIELDS, Schema
 
 MASKS = np.zeros((3, 60, 80), bool)
 MASKS[0, :, :40] = True       # the left half

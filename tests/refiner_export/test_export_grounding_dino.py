@@ -20,11 +20,11 @@ from transformers.models.grounding_dino.modeling_grounding_dino import Grounding
 
 from refiner_export.refiners.base import Picture, Tags
 from refiner_export.refiners.compute import Compute
-from refiner_export.refiners.grounding_dino import GroundingDino, GroundingDinoDetector
-from refiner_export.refiners.grounding_dino_image import DetectorImage
-from refiner_export.refiners.grounding_dino_model import load_official, load_pretrained
-from refiner_export.refiners.grounding_dino_names import from_official
-from refiner_export.settings import UserError
+from refiner_export.refiners.grounding_dino.detector import GroundingDino, GroundingDinoDetector
+from refiner_export.refiners.grounding_dino.image import DetectorImage
+from refiner_export.refiners.grounding_dino.model import load_official, load_pretrained
+from refiner_export.refiners.grounding_dino.names import from_official
+from refiner_export.common.settings import UserError
 
 CPU = Compute(device="cpu")
 SIZES = (80, 60), (60, 80), (80, 60), (50, 90), (300, 4)  # width and height of the pictures; the last is a strip

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refiner_export import images, pipeline
-from refiner_export.config import ImageSettings
-from refiner_export.images import UnreadableImage
-from refiner_export.record import Record
-from refiner_export.refiners.classical import ClassicalRefiner
+from refiner_export.export import images
+from refiner_export.export import pipeline
+from refiner_export.export.config import ImageSettings
+from refiner_export.export.images import UnreadableImage
+from refiner_export.records.record import Record
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.sources.base import SourceExample
 
 DRAW = np.random.default_rng(0)

@@ -39,8 +39,8 @@ def write_source(folder, pictures):
 
 def write_config(path, source, records_per_shard, grid):
   path.write_text(f"""
-from refiner_export.config import ExportConfig
-from refiner_export.refiners.classical import ClassicalRefiner
+from refiner_export.export.config import ExportConfig
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.sources.coco import Coco
 def get_config():
   return ExportConfig("out", {source}, ClassicalRefiner(grid={grid}), records_per_shard={records_per_shard}, batch=2)

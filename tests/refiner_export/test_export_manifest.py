@@ -8,12 +8,12 @@ import shutil
 import numpy as np
 import pytest
 
-from refiner_export.features import FeatureSums
-from refiner_export.manifest import Manifest
-from refiner_export.reader import RecordDirectory
-from refiner_export.record import RecordError
-from refiner_export.settings import UserError
-from refiner_export.shard_files import ShardInfo
+from refiner_export.records.features import FeatureSums
+from refiner_export.records.manifest import Manifest
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.records.record import RecordError
+from refiner_export.common.settings import UserError
+from refiner_export.records.shard_files import ShardInfo
 
 
 def test_bytes_are_those_of_the_files(finished):

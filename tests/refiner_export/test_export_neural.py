@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 from tiny_refiner import one_thread, tiny_ram_plus_size, tiny_refiner  # noqa: F401
 
-from refiner_export.config import ExportConfig, refiner_from_manifest
-from refiner_export.images import to_jpeg
-from refiner_export.manifest import Manifest
-from refiner_export.pipeline import refine_photo
-from refiner_export.record import fingerprint
-from refiner_export.refiners.classical import ClassicalRefiner
+from refiner_export.export.config import ExportConfig, refiner_from_manifest
+from refiner_export.export.images import to_jpeg
+from refiner_export.records.manifest import Manifest
+from refiner_export.export.pipeline import refine_photo
+from refiner_export.records.record import fingerprint
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.refiners.compute import Compute
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 from refiner_export.sources.photos import Photos
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def test_the_description_is_of_what_decides(refiner):
 def test_files_are_read_once(refiner, monkeypatch):
   fresh = dataclasses.replace(refiner)
   described = fresh.describe()
-  monkeypatch.setattr("refiner_export.refiners.ram_plus_tagger.sha256", None)
+  monkeypatch.setattr("refiner_export.refiners.ram_plus.tagger.sha256", None)
   assert fresh.describe() == described
   fresh.describe()["name"] = "other"
   assert fresh.describe() == described
@@ -149,7 +149,7 @@ def test_the_command_line_names_the_files():
 
 
 def test_the_quickstart_needs_no_torch():
-  code = ("import sys, configs.export_quickstart, refiner_export.pipeline, refiner_export.run\n"
+  code = ("import sys, configs.export_quickstart, refiner_export.export.pipeline, refiner_export.export.run\n"
           "configs.export_quickstart.get_config().finalize()\n"
           "print([name for name in ('torch', 'transformers') if name in sys.modules])")
   result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

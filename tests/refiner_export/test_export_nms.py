@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refiner_export.refiners.nms import classwise_nms
+from refiner_export.refiners.grounding_dino.nms import classwise_nms
 
 
 def iou(a, b):

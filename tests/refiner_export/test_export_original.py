@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 from tiny_refiner import one_thread, tiny_ram_plus_size, tiny_refiner  # noqa: F401
 
-from refiner_export.config import refiner_from_manifest
-from refiner_export.manifest import Manifest
-from refiner_export.record import fingerprint
+from refiner_export.export.config import refiner_from_manifest
+from refiner_export.records.manifest import Manifest
+from refiner_export.records.record import fingerprint
 from refiner_export.refiners.base import Picture
 from refiner_export.refiners.compute import Compute
 from refiner_export.refiners.neural import NeuralRefiner
-from refiner_export.refiners.original.grounding_dino import OriginalGroundingDino
-from refiner_export.refiners.original.ram_plus import OriginalRamPlus
-from refiner_export.refiners.original.sam_hq import OriginalSamHQ
-from refiner_export.refiners.ram_plus import RamPlusModel
-from refiner_export.refiners.ram_plus_tagger import load
-from refiner_export.settings import UserError
+from refiner_export.refiners.originals.grounding_dino import OriginalGroundingDino
+from refiner_export.refiners.originals.ram_plus import OriginalRamPlus
+from refiner_export.refiners.originals.sam_hq import OriginalSamHQ
+from refiner_export.refiners.ram_plus.model import RamPlusModel
+from refiner_export.refiners.ram_plus.tagger import load
+from refiner_export.common.settings import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 CPU = Compute(device="cpu")

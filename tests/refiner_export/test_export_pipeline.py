@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from tiny_refiner import one_thread, tiny_ram_plus_size, tiny_refiner  # noqa: F401
 
-from refiner_export import pipeline
-from refiner_export.config import ImageSettings
-from refiner_export.images import UnreadableImage
-from refiner_export.record import Record
-from refiner_export.refiners.classical import ClassicalRefiner
+from refiner_export.export import pipeline
+from refiner_export.export.config import ImageSettings
+from refiner_export.export.images import UnreadableImage
+from refiner_export.records.record import Record
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.refiners.compute import Compute
 from refiner_export.sources.base import SourceExample, SourceObject
 

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from refiner_export.prefetch import prefetch
-from refiner_export.progress import Progress
+from refiner_export.export.prefetch import prefetch
+from refiner_export.common.progress import Progress
 
 
 def test_results_keep_their_order():

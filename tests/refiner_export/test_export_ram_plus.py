@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from slow_ram_plus import SlowRamPlus
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refiner_export.refiners import ram_plus_tagger
+from refiner_export.refiners.ram_plus import tagger as ram_plus_tagger
 from refiner_export.refiners.base import Picture
 from refiner_export.refiners.compute import Compute
-from refiner_export.refiners.ram_plus import RAM_PLUS_SWIN_B, RAM_PLUS_SWIN_L, RamPlusConfig, RamPlusModel
-from refiner_export.refiners.ram_plus_tagger import RamPlus, load
-from refiner_export.refiners.swin import SwinConfig
-from refiner_export.settings import UserError
+from refiner_export.refiners.ram_plus.model import RAM_PLUS_SWIN_B, RAM_PLUS_SWIN_L, RamPlusConfig, RamPlusModel
+from refiner_export.refiners.ram_plus.tagger import RamPlus, load
+from refiner_export.refiners.ram_plus.swin import SwinConfig
+from refiner_export.common.settings import UserError
 
 CPU = Compute(device="cpu")
 # Sides of the stages in patches: 16, 8, 4 with windows of 4, so that two stages have shifted windows.

@@ -10,11 +10,11 @@ import pytest
 import tensorflow_datasets as tfds
 from pycocotools import mask as coco_mask
 
-from refiner_export import record as record_module
-from refiner_export.features import FEATURE_DTYPES
-from refiner_export.record import (
+from refiner_export.records import record as record_module
+from refiner_export.records.features import FEATURE_DTYPES
+from refiner_export.records.record import (
     ASSISTANT, OPTIONAL_FIELDS, USER, Conversation, Record, RecordError, Schema, Turn, fingerprint)
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 
 def record(objects=3, rows=5, **changes) -> Record:

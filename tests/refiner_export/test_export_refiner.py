@@ -5,10 +5,10 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from refiner_export.images import open_upright, to_jpeg
-from refiner_export.refiners import descriptor
+from refiner_export.export.images import open_upright, to_jpeg
+from refiner_export.refiners.classical import descriptor
 from refiner_export.refiners.base import Picture
-from refiner_export.refiners.classical import ClassicalRefiner
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.sources.base import SourceObject
 
 GRID = 6

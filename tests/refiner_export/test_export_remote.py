@@ -6,9 +6,9 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from refiner_export.reader import RecordDirectory
-from refiner_export.run import ShardRange, export
-from refiner_export.settings import UserError
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.export.run import ShardRange, export
+from refiner_export.common.settings import UserError
 
 OUTPUT = "gs://bucket/records"
 

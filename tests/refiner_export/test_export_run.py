@@ -11,16 +11,17 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from refiner_export import pipeline, run
-from refiner_export.config import ImageSettings, refiner_from_manifest
-from refiner_export.images import UnreadableImage
-from refiner_export.manifest import Manifest
-from refiner_export.reader import RecordDirectory
-from refiner_export.record import RecordError
-from refiner_export.refiners.classical import ClassicalRefiner
-from refiner_export.settings import UserError
+from refiner_export.export import pipeline
+from refiner_export.export import run
+from refiner_export.export.config import ImageSettings, refiner_from_manifest
+from refiner_export.export.images import UnreadableImage
+from refiner_export.records.manifest import Manifest
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.records.record import RecordError
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
+from refiner_export.common.settings import UserError
 from refiner_export.sources.base import SourceExample, SourceObject
-from refiner_export.tfrecord import index_path
+from refiner_export.records.tfrecord import index_path
 
 
 def contents(directory):

@@ -15,10 +15,10 @@ from transformers import SamHQProcessor, SamImageProcessorPil
 
 from refiner_export.refiners.base import Detections, Picture
 from refiner_export.refiners.compute import Compute
-from refiner_export.refiners.sam_hq import SamHQ, load
-from refiner_export.refiners.sam_hq_decoder import MaskDecoder, mean_under, to_picture
-from refiner_export.refiners.sam_hq_names import NAMES, translate
-from refiner_export.settings import UserError
+from refiner_export.refiners.sam_hq.segmenter import SamHQ, load
+from refiner_export.refiners.sam_hq.decoder import MaskDecoder, mean_under, to_picture
+from refiner_export.refiners.sam_hq.names import NAMES, translate
+from refiner_export.common.settings import UserError
 
 CPU = Compute(device="cpu")
 SIZES = (90, 61), (50, 100), (64, 64)  # width and height of the pictures; 61 / 90 of 128 is 86.8

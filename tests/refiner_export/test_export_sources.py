@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from refiner_export.images import open_upright
-from refiner_export.record import BOX_PLACEHOLDER
-from refiner_export.settings import UserError
+from refiner_export.export.images import open_upright
+from refiner_export.records.record import BOX_PLACEHOLDER
+from refiner_export.common.settings import UserError
 from refiner_export.sources.coco import Coco
 from refiner_export.sources.photos import Photos, credits
 

@@ -9,13 +9,15 @@ from pycocotools import mask as coco_mask
 from lyrics_jax.config import MQFormerConfig, ModelConfig, RefinerConfig
 from lyrics_jax.data.images import View
 from lyrics_jax.data.visual import visual_inputs
-from refiner_export import pipeline, run, verify
-from refiner_export.config import FeatureSettings
-from refiner_export.images import UnreadableImage
-from refiner_export.reader import RecordDirectory
-from refiner_export.record import RecordError
-from refiner_export.refiners.classical import ClassicalRefiner, MaskDescriber
-from refiner_export.settings import UserError
+from refiner_export.export import pipeline
+from refiner_export.export import run
+from refiner_export.records import verify
+from refiner_export.export.config import FeatureSettings
+from refiner_export.export.images import UnreadableImage
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.records.record import RecordError
+from refiner_export.refiners.classical.refiner import ClassicalRefiner, MaskDescriber
+from refiner_export.common.settings import UserError
 
 
 def contents(directory):

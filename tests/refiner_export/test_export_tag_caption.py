@@ -3,8 +3,8 @@
 import pytest
 from tiny_models import tiny_tokenizer
 
-from refiner_export.refiners.tag_caption import Caption, Captioner, load_tokenizer
-from refiner_export.settings import UserError
+from refiner_export.refiners.grounding_dino.tag_caption import Caption, Captioner, load_tokenizer
+from refiner_export.common.settings import UserError
 
 CLS, SEP, STOP, PAD = 101, 102, 1012, 0
 OBJECT, CAT, DOG, RED, BLUE, CAR, TREE, HOUSE, PER, SON, S, ST, BERNARD = range(1030, 1043)

@@ -8,9 +8,9 @@ import struct
 import numpy as np
 import pytest
 
-from refiner_export.features import FeatureSums
-from refiner_export.record import RecordError
-from refiner_export.tfrecord import ShardReader, index_path, write_shard
+from refiner_export.records.features import FeatureSums
+from refiner_export.records.record import RecordError
+from refiner_export.records.tfrecord import ShardReader, index_path, write_shard
 
 PAYLOADS = [b"first", b"", b"third" * 50]
 

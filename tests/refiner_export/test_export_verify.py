@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from refiner_export import verify
-from refiner_export.formats import write_shard
-from refiner_export.manifest import Manifest, shard_name
-from refiner_export.masks import decode_rle
-from refiner_export.reader import RecordDirectory
-from refiner_export.record import OPTIONAL_FIELDS, Schema
-from refiner_export.settings import UserError
-from refiner_export.shard_files import index_path
+from refiner_export.records import verify
+from refiner_export.records.formats import write_shard
+from refiner_export.records.manifest import Manifest, shard_name
+from refiner_export.records.masks import decode_rle
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.records.record import OPTIONAL_FIELDS, Schema
+from refiner_export.common.settings import UserError
+from refiner_export.records.shard_files import index_path
 
 SHARD = "lyrics_records-train.tfrecord-{:05d}-of-00003"
 
@@ -157,7 +157,7 @@ def test_masks(tmp_path, finished, format):
 
 def command(*arguments):
   environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-  return subprocess.run([sys.executable, "-m", "refiner_export.verify", *map(str, arguments)], env=environment,
+  return subprocess.run([sys.executable, "-m", "refiner_export.records.verify", *map(str, arguments)], env=environment,
                         capture_output=True, text=True, timeout=120)
 
 

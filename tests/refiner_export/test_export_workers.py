@@ -13,15 +13,18 @@ import types
 import pytest
 from odd_refiners import DyingRefiner, LoggingRefiner, UnbuildableRefiner
 
-from refiner_export import pipeline, shard, unfinished, workers
-from refiner_export.config import ExportConfig, RunnerSettings
-from refiner_export.plan import read_plan
-from refiner_export.record import RecordError
-from refiner_export.refiners.classical import ClassicalRefiner
-from refiner_export.run import ShardRange, export, finalise
-from refiner_export.settings import UserError
-from refiner_export.shard import export_shard
-from refiner_export.unfinished import remove_abandoned, unfinished_path
+from refiner_export.export import pipeline
+from refiner_export.export import shard
+from refiner_export.common import unfinished
+from refiner_export.export import workers
+from refiner_export.export.config import ExportConfig, RunnerSettings
+from refiner_export.export.plan import read_plan
+from refiner_export.records.record import RecordError
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
+from refiner_export.export.run import ShardRange, export, finalise
+from refiner_export.common.settings import UserError
+from refiner_export.export.shard import export_shard
+from refiner_export.common.unfinished import remove_abandoned, unfinished_path
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARDS = 5  # of one picture; one of them is empty
@@ -117,8 +120,8 @@ def test_a_shard_is_made_once_and_described(coco, single, tmp_path, make, monkey
 def test_two_commands_on_one_directory(coco, single, tmp_path):
   config = tmp_path / "config.py"
   config.write_text(f"""
-from refiner_export.config import ExportConfig
-from refiner_export.refiners.classical import ClassicalRefiner
+from refiner_export.export.config import ExportConfig
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.sources.coco import Coco
 def get_config():
   return ExportConfig({str(tmp_path / "out")!r}, Coco({coco.images!r}, {coco.captions!r}, {coco.instances!r}),

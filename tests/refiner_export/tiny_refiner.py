@@ -7,14 +7,14 @@ import tiny_sam_hq
 import torch
 from tiny_models import TINY_BUDGET, TINY_QUERIES, randomise, tiny_grounding_dino
 
-from refiner_export.refiners import ram_plus_tagger
+from refiner_export.refiners.ram_plus import tagger as ram_plus_tagger
 from refiner_export.refiners.compute import Compute
-from refiner_export.refiners.grounding_dino import GroundingDino
+from refiner_export.refiners.grounding_dino.detector import GroundingDino
 from refiner_export.refiners.neural import NeuralRefiner
-from refiner_export.refiners.ram_plus import RamPlusConfig, RamPlusModel
-from refiner_export.refiners.ram_plus_tagger import RamPlus
-from refiner_export.refiners.sam_hq import SamHQ
-from refiner_export.refiners.swin import SwinConfig
+from refiner_export.refiners.ram_plus.model import RamPlusConfig, RamPlusModel
+from refiner_export.refiners.ram_plus.tagger import RamPlus
+from refiner_export.refiners.sam_hq.segmenter import SamHQ
+from refiner_export.refiners.ram_plus.swin import SwinConfig
 
 TAGS = "cat", "Dog", "red car", "tree", "house", "persons", "St. Bernard"
 _RAM_PLUS = RamPlusConfig(SwinConfig(width=8, heads=(1, 2, 2), depths=(1, 2, 1), image_size=64, window=4),

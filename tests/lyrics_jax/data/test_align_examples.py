@@ -10,7 +10,7 @@ from lyrics_jax.data.mq_former_text import encode_objects, mask_objects
 from lyrics_jax.data.spatial import format_object, parse_boxes
 from lyrics_jax.data.tokenizers import load_mq_former_tokenizer
 from lyrics_jax.data.visual import visual_inputs
-from refiner_export.record import RecordError
+from refiner_export.records.record import RecordError
 
 
 @pytest.fixture(scope="module")

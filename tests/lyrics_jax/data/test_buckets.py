@@ -7,7 +7,7 @@ import pytest
 
 from lyrics_jax.data import buckets
 from lyrics_jax.data.loader import train_batches
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 SHARES = {"buckets": (0.25, 0.5, 0.6, 0.7, 0.8, 1.0), "caption_length": 48}
 

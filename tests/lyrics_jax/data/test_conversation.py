@@ -4,7 +4,7 @@ import pytest
 from lyrics_jax.data.conversation import encode_conversation
 from lyrics_jax.data.instructions import TEMPLATES, instruction
 from lyrics_jax.data.tokenizers import load_llm_tokenizer
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 TEXTS = ("How many cats?", "two", "Where?", "On the floor.", "Sure?", "Yes.")
 

@@ -8,7 +8,7 @@ from lyrics_jax.data.images import View, mentions_side
 from lyrics_jax.data.instruct_examples import InstructExamples
 from lyrics_jax.data.loader import make_examples
 from lyrics_jax.data.spatial import format_object, parse_boxes
-from refiner_export.record import RecordError
+from refiner_export.records.record import RecordError
 
 VQA, REC, REGION, CAPTION, TEXT_VQA, GROUNDED, CHOICE, DIALOGUE = range(8)
 

@@ -10,8 +10,8 @@ import pytest
 import lyrics_jax.data
 from lyrics_jax.data.buckets import WINDOW
 from lyrics_jax.data.loader import ConversationSource, eval_batches, for_hosts, train_batches
-from refiner_export.record import RecordError
-from refiner_export.settings import UserError
+from refiner_export.records.record import RecordError
+from refiner_export.common.settings import UserError
 
 
 def take(batches, count):

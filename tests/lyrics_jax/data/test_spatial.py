@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from lyrics_jax.data.spatial import SPECIAL_TOKENS, fill_boxes, format_box, format_object, parse_boxes, referred_boxes
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 BOX = (0.125, 0.0, 1.0, 0.5004)
 

@@ -7,7 +7,7 @@ from lyrics_jax.data.loader import make_examples
 from lyrics_jax.data.spatial import SPECIAL_TOKENS, format_object
 from lyrics_jax.data.tokenizers import MQ_FORMER_ADDED, load_llm_tokenizer, load_mq_former_tokenizer
 from lyrics_jax.data.train_tokenizers import VOCAB_SIZE, write_tokenizers
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 OBJECT = format_object("Red Ball", (0.125, 0.0, 1.0, 0.5), "decimal")
 

@@ -7,10 +7,10 @@ import pytest
 from lyrics_jax.config import Config, DataConfig, InstructConfig, LLMConfig, MQFormerConfig, ModelConfig, RefinerConfig, VisionConfig
 from lyrics_jax.data.train_tokenizers import record_texts, write_tokenizers
 from lyrics_jax.training.loop import train
-from refiner_export.config import ExportConfig
-from refiner_export.reader import RecordDirectory
-from refiner_export.refiners.classical import ClassicalRefiner
-from refiner_export.run import export
+from refiner_export.export.config import ExportConfig
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
+from refiner_export.export.run import export
 from refiner_export.sources.photos import Photos
 
 

@@ -18,8 +18,8 @@ from lyrics_jax.evaluation import attention_picture
 from lyrics_jax.evaluation.attention_maps import cross_attention_weights
 from lyrics_jax.models.layers import attend, split_heads
 from lyrics_jax.training.checkpoint import saved_config
-from refiner_export.reader import RecordDirectory
-from refiner_export.settings import UserError
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.common.settings import UserError
 
 ROOT = pathlib.Path(__file__).parents[3]
 

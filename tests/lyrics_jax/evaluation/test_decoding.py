@@ -10,7 +10,7 @@ from lyrics_jax.config import LLMConfig
 from lyrics_jax.evaluation.answerer import Answerer
 from lyrics_jax.models.decode import greedy
 from lyrics_jax.models.llama import LLaMA
-from refiner_export.reader import RecordDirectory
+from refiner_export.records.reader import RecordDirectory
 
 NEW, LENGTH = 10, 14
 

@@ -13,8 +13,8 @@ from lyrics_jax.data.spatial import parse_boxes
 from lyrics_jax.evaluation import curves, report, scoring
 from lyrics_jax.evaluation.questions import Answered, first_questions, summarise
 from lyrics_jax.training.checkpoint import saved_config
-from refiner_export.reader import RecordDirectory
-from refiner_export.settings import UserError
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.common.settings import UserError
 
 ATTACK = "<script>alert('x')</script>\" onerror=\"y"
 

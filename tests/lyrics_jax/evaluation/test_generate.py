@@ -15,8 +15,8 @@ from lyrics_jax import generate as command
 from lyrics_jax.evaluation.drawing import draw_boxes
 from lyrics_jax.generate import generate
 from lyrics_jax.training.checkpoint import saved_config, trained_manifest
-from refiner_export.reader import RecordDirectory
-from refiner_export.settings import UserError
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.common.settings import UserError
 
 ROOT = pathlib.Path(__file__).parents[3]
 

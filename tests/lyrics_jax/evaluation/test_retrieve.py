@@ -25,8 +25,8 @@ from lyrics_jax.training import metrics
 from lyrics_jax.training.checkpoint import Checkpoints, saved_config
 from lyrics_jax.training.loop import train
 from lyrics_jax.training.sharding import make_mesh
-from refiner_export.reader import RecordDirectory
-from refiner_export.settings import UserError
+from refiner_export.records.reader import RecordDirectory
+from refiner_export.common.settings import UserError
 
 ROOT = pathlib.Path(__file__).parents[3]
 

@@ -12,7 +12,7 @@ from lyrics_jax.models import attention
 from lyrics_jax.models.attention import causal_attention, causal_mask, segment_positions, select
 from lyrics_jax.models.llama import LLaMA
 from lyrics_jax.training.sharding import MESH_AXES, make_mesh
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 BATCH, LENGTH = 4, 130  # two blocks of 128 tokens, the second one mostly padding
 # Two conversations and padding, one that fills the row, three, and one whose padding stands in front.

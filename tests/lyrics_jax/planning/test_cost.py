@@ -20,7 +20,7 @@ from lyrics_jax.planning.report import Report
 from lyrics_jax.planning.topology import Target
 from lyrics_jax.training.sharding import global_batch
 from lyrics_jax.training.step import initial_state
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 
 def test_flops_of_a_loop_count_with_its_length():

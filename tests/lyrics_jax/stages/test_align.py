@@ -10,7 +10,7 @@ import scipy.stats
 import tiny
 
 from lyrics_jax.stages.align import hard_negatives, image_features, itc
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 LOSSES = ("itc", "itm", "icg", "msp")
 

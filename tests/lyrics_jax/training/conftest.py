@@ -16,9 +16,9 @@ import tiny
 from lyrics_jax.config import Config, MeshConfig
 from lyrics_jax.training.sharding import global_batch, make_mesh
 from lyrics_jax.training.step import initial_state, make_train_step
-from refiner_export.manifest import Manifest, shard_name
-from refiner_export.record import SCHEMA_VERSION, Schema
-from refiner_export.tfrecord import write_shard
+from refiner_export.records.manifest import Manifest, shard_name
+from refiner_export.records.record import SCHEMA_VERSION, Schema
+from refiner_export.records.tfrecord import write_shard
 
 ROOT = pathlib.Path(__file__).parents[3]
 FINGERPRINT = "made-up"
@@ -65,7 +65,7 @@ def start(tmp_path_factory):
     own.mkdir()
     (own / "config.json").write_text(config.to_json())
     path = own / "config.py"
-    path.write_text("import json\nfrom lyrics_jax.config import Config\nfrom refiner_export.settings import from_dict\n\n\n"
+    path.write_text("import json\nfrom lyrics_jax.config import Config\nfrom refiner_export.common.settings import from_dict\n\n\n"
                     f"def get_config():\n  config = from_dict(Config, json.load(open({str(own / 'config.json')!r})))\n"
                     "  config.__dict__.pop('_final')\n  return config\n")
     return subprocess.Popen([sys.executable, "-m", "lyrics_jax.train", "--config", str(path), *arguments], cwd=ROOT,

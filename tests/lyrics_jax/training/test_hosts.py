@@ -14,7 +14,7 @@ from lyrics_jax.training import hosts
 from lyrics_jax.training.checkpoint import open_run
 from lyrics_jax.training.metrics import read
 from lyrics_jax.training.sharding import make_mesh
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 STEPS = 6
 

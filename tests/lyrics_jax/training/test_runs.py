@@ -19,7 +19,7 @@ from lyrics_jax.training.initialise import initial_parameters
 from lyrics_jax.training.loop import train
 from lyrics_jax.training.metrics import read
 from lyrics_jax.training.sharding import make_mesh
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 
 def steps_of(output) -> list[int]:

@@ -7,7 +7,7 @@ import tiny
 
 from lyrics_jax.config import MeshConfig
 from lyrics_jax.training.sharding import check_batch, make_mesh
-from refiner_export.settings import UserError
+from refiner_export.common.settings import UserError
 
 MESHES = [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((8, 1, 1), (1, 4, 2)))]
 

@@ -1,0 +1,139 @@
+"""The configuration of an export. Importing it needs no torch: a neural refiner is imported by who uses one."""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from refiner_export.records.features import FEATURE_DTYPES
+from refiner_export.records.formats import FORMATS
+from refiner_export.records.manifest import Manifest
+from refiner_export.records.record import fingerprint
+from refiner_export.refiners.base import RefinerSettings
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
+from refiner_export.common.settings import Settings, from_dict, require
+from refiner_export.sources.coco import Coco
+from refiner_export.sources.photos import Photos
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class FeatureSettings(Settings):
+  """What of the refiner's results is stored, and how.
+
+  Attributes:
+    dtype: `bfloat16`; `float16`, more exact and as large; or `int8` with a scale per row, at half the size.
+    top_k: how many of the detector's rows are kept, those with the highest scores; None keeps all. The trainer pads.
+    masks: whether the segmenter's masks are stored, as COCO's run-length codes; it must be told to give them.
+  """
+  dtype: str = "bfloat16"
+  top_k: int | None = None
+  masks: bool = False
+
+  def check(self, path: str) -> None:
+    require(self.dtype in FEATURE_DTYPES, f"{path}.dtype: expected one of {FEATURE_DTYPES}, got {self.dtype!r}")
+    require(self.top_k is None or self.top_k >= 1, f"{path}.top_k: expected at least 1, got {self.top_k}")
+
+  @property
+  def optional_fields(self) -> tuple[str, ...]:
+    """Those of `record.OPTIONAL_FIELDS` that records get."""
+    return ("mask_ious", "mask_areas", "mask_rles") if self.masks else ("mask_ious", "mask_areas")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ImageSettings(Settings):
+  """The stored picture: the longer side in pixels (larger ones are shrunk) and the JPEG quality."""
+  max_side: int = 512
+  quality: int = 95
+
+  def check(self, path: str) -> None:
+    require(self.max_side >= 32, f"{path}.max_side: expected at least 32 pixels, got {self.max_side}")
+    require(1 <= self.quality <= 100, f"{path}.quality: expected 1 to 100, got {self.quality}")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class RunnerSettings(Settings):
+  """How the work is spread over one machine. Nothing here changes what is written.
+
+  Attributes:
+    workers: processes, each with its own refiner, worker k on GPU k modulo their number; with 0 or 1 this process does
+      all.
+    threads: of each worker, that read, decode and shrink pictures ahead of the refiner.
+    prefetch: how many batches ahead.
+  """
+  workers: int = 1
+  threads: int = 8
+  prefetch: int = 2
+
+  def check(self, path: str) -> None:
+    for name, least in ("workers", 0), ("threads", 1), ("prefetch", 0):
+      require(getattr(self, name) >= least, f"{path}.{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class ExportConfig(Settings):
+  """One export.
+
+  Attributes:
+    output: the directory to write, local or remote.
+    format: of the shards, `tfrecord` or `array_record`; the trainer reads either.
+    records_per_shard: how many examples go into one shard; a restart continues after the last finished shard.
+    refiner: `ClassicalRefiner` or, of `refiners.neural`, `NeuralRefiner`.
+    batch: how many pictures the refiner sees at once. A network forms its own batches of equal sizes within them, which
+      are full only when this is several times larger.
+    limit: export only the first so many examples; None takes all.
+  """
+  output: str
+  source: Photos | Coco
+  refiner: RefinerSettings = dataclasses.field(default_factory=ClassicalRefiner)
+  features: FeatureSettings = dataclasses.field(default_factory=FeatureSettings)
+  image: ImageSettings = dataclasses.field(default_factory=ImageSettings)
+  runner: RunnerSettings = dataclasses.field(default_factory=RunnerSettings)
+  format: str = "tfrecord"
+  records_per_shard: int = 1000
+  batch: int = 8
+  limit: int | None = None
+
+  def check(self, path: str) -> None:
+    require(bool(self.output), f"{path}.output: name the directory to write")
+    require(self.format in FORMATS, f"{path}.format: expected one of {FORMATS}, got {self.format!r}")
+    segmenter = getattr(self.refiner, "segmenter", None)
+    require(not self.features.masks or getattr(segmenter, "store_masks", False),
+            f"{path}.features.masks: the refiner's segmenter gives no masks; SAM-HQ does with "
+            f"{path}.refiner.segmenter.store_masks=True")
+    for name in ("records_per_shard", "batch", "limit"):
+      value = getattr(self, name)
+      require(value is None or value >= 1, f"{path}.{name}: expected at least 1, got {value}")
+
+
+def refiner_from_manifest(manifest: Manifest, files: Mapping[str, str] = MappingProxyType({})) -> RefinerSettings:
+  """The settings of the refiner that made a directory, to refine new photos in the same way.
+
+  Args:
+    manifest: the directory's.
+    files: where a neural refiner's files lie, by dotted field such as `tagger.checkpoint`.
+
+  Raises:
+    UserError: this program no longer makes the same features; a file is missing, not named or not the one of then.
+  """
+  described = manifest.refiner
+  if described["name"] == "neural":
+    from refiner_export.refiners import neural  # it needs torch
+    refiner = neural.from_description(described, files)
+  else:
+    known = {field.name for field in dataclasses.fields(ClassicalRefiner)}
+    fields = {name: value for name, value in described.items() if name in known}
+    refiner = from_dict(ClassicalRefiner, fields, "refiner")
+  then, now = _flat(described), _flat(refiner.describe())
+  differing = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+  other = f" with another {', '.join(differing)}" if differing else ""
+  require(fingerprint(refiner.describe()) == manifest.fingerprint,
+          f"records were made by refiner {described['name']} version {described['version']} ({manifest.fingerprint}), "
+          f"this program has {now['name']} version {now['version']}{other}: export again")
+  return refiner
+
+
+def _flat(described: dict, prefix: str = "") -> dict:
+  """The entries of nested dictionaries, under dotted names."""
+  entries = {}
+  for name, value in described.items():
+    entries |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+  return entries

@@ -1,0 +1,44 @@
+"""The formats of shards, told by their names as TFDS has them: `lyrics_records-train.tfrecord-00000-of-00002`."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from etils import epath
+
+from refiner_export.records import tfrecord
+from refiner_export.records.shard_files import ShardInfo
+
+FORMATS = ("tfrecord", "array_record")
+
+
+class Shard(Protocol):
+  """Random access to one shard. Picklable, safe to share between threads; see `tfrecord.ShardReader` for its errors."""
+  path: epath.Path
+  bytes: int
+
+  def __len__(self) -> int: ...
+  def read(self, position: int) -> bytes: ...
+
+  @property
+  def conversation_counts(self) -> np.ndarray: ...
+
+
+def write_shard(path: epath.PathLike, items: Iterable[tuple]) -> ShardInfo:
+  """Writes a shard of the format that its name tells; see `tfrecord.write_shard`."""
+  if not _is_array_record(path):
+    return tfrecord.write_shard(path, items)
+  from refiner_export.records import array_record  # its library is not for every system
+  return array_record.write_shard(path, items)
+
+
+def open_shard(path: epath.PathLike) -> Shard:
+  """Opens a shard of the format that its name tells."""
+  if not _is_array_record(path):
+    return tfrecord.ShardReader(path)
+  from refiner_export.records import array_record
+  return array_record.ArrayRecordReader(path)
+
+
+def _is_array_record(path: epath.PathLike) -> bool:
+  return ".array_record-" in epath.Path(path).name

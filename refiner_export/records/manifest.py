@@ -1,0 +1,128 @@
+"""The manifest of an exported directory, and the TFDS metadata that lies beside it."""
+
+import dataclasses
+import json
+
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import dataset_info, naming, splits
+
+from refiner_export.records.features import FeatureSums
+from refiner_export.records.formats import FORMATS
+from refiner_export.records.record import SCHEMA_VERSION, Record, Schema
+from refiner_export.common.settings import UserError, require
+from refiner_export.common.files import write_atomically
+from refiner_export.records.shard_files import ShardInfo
+
+MANIFEST = "manifest.json"
+NAME, SPLIT = "lyrics_records", "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+  """What a directory takes per record, and what of the refiner's features storing them has kept.
+
+  Attributes:
+    bytes_per_record: of the shards' files, on average.
+    feature_bytes_per_record: of it the features, with their scales and the detector rows' boxes.
+    feature_relative_rmse: root of the mean squared error of all values over that of their mean square.
+    feature_mean_cosine: between a row that the refiner gave and the same row as it is read, over all rows.
+  """
+  bytes_per_record: float
+  feature_bytes_per_record: float
+  feature_relative_rmse: float
+  feature_mean_cosine: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What a directory of records holds. `refiner` is the settings that `fingerprint` is the hash of, with its name.
+
+  `manifest.json` also states `storage`, for people: it follows from the shards.
+  """
+  schema_version: int
+  fingerprint: str
+  feature_dtype: str
+  detection_rows: int
+  refiner: dict
+  source: str
+  split: str
+  shards: tuple[ShardInfo, ...]
+  records: int
+  conversations: int
+  skipped: int
+  format: str = "tfrecord"
+  optional_fields: tuple[str, ...] = ()
+
+  @classmethod
+  def load(cls, directory: epath.PathLike) -> "Manifest":
+    """Reads `manifest.json`. Raises `UserError` when it is missing, damaged or of another schema."""
+    path = epath.Path(directory) / MANIFEST
+    require(path.exists(), f"no {MANIFEST} in {directory}: run python -m refiner_export --config ... until it ends")
+    try:
+      fields = json.loads(path.read_text())
+      version = fields["schema_version"]
+      require(version == SCHEMA_VERSION,
+              f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}: export again")
+      fields["shards"] = tuple(ShardInfo(**shard) for shard in fields["shards"])
+      fields["optional_fields"] = tuple(fields.get("optional_fields", ()))
+      fields.pop("storage", None)
+      manifest = cls(**fields)
+      require(manifest.format in FORMATS, f"{path}: shards of format {manifest.format!r}, which this program does not "
+                                          "know: update it")
+      return manifest
+    except (ValueError, TypeError, KeyError) as error:
+      raise UserError(f"{path}: not a manifest ({' '.join(str(error).split())}): export again") from error
+
+  def save(self, directory: epath.PathLike) -> None:
+    fields = dataclasses.asdict(self) | {"storage": dataclasses.asdict(self.storage)}
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    write_atomically(epath.Path(directory) / MANIFEST, text.encode())
+
+  def schema(self) -> Schema:
+    return Schema(self.feature_dtype, self.fingerprint, self.optional_fields)
+
+  def as_read(self, record: Record) -> Record:
+    """A record that was just made, as a reader of this directory would get it: as few detector rows, and as exact.
+
+    Its optional fields are left out.
+    """
+    schema = Schema(self.feature_dtype, self.fingerprint, (), self.detection_rows)
+    return schema.decode(schema.encode(record))
+
+  @property
+  def features(self) -> FeatureSums:
+    names = [field.name for field in dataclasses.fields(FeatureSums)]
+    return FeatureSums.total(FeatureSums(*(getattr(shard, name) for name in names)) for shard in self.shards)
+
+  @property
+  def storage(self) -> Storage:
+    features, records = self.features, max(self.records, 1)
+    return Storage(sum(shard.bytes for shard in self.shards) / records, features.feature_bytes / records,
+                   features.relative_rmse, features.mean_cosine)
+
+
+def shard_name(shard: int, shards: int, format: str = "tfrecord") -> str:
+  """The name that TFDS expects, e.g. `lyrics_records-train.tfrecord-00000-of-00002`."""
+  return _file_template(epath.Path("."), format).sharded_filepath(shard_index=shard, num_shards=shards).name
+
+
+def write_tfds_metadata(directory: epath.PathLike, manifest: Manifest) -> None:
+  """Writes features.json and dataset_info.json, so that `tfds.builder_from_directory(directory)` works."""
+  directory = epath.Path(directory)
+  identity = dataset_info.DatasetIdentity(
+      name=NAME, version=tfds.core.Version(f"{manifest.schema_version}.0.0"), data_dir=str(directory),
+      module_name="refiner_export")
+  info = tfds.core.DatasetInfo(
+      builder=identity, features=manifest.schema().features,
+      description=f"Pictures, texts and visual refiner features ({manifest.source}, refiner {manifest.fingerprint}).")
+  info.set_file_format(tfds.core.FileFormat(manifest.format))
+  info.set_splits(splits.SplitDict([splits.SplitInfo(
+      name=SPLIT, shard_lengths=[shard.records for shard in manifest.shards],
+      num_bytes=sum(shard.bytes for shard in manifest.shards),
+      filename_template=_file_template(directory, manifest.format))]))
+  info.write_to_directory(directory)
+
+
+def _file_template(directory: epath.Path, format: str) -> naming.ShardedFileTemplate:
+  return naming.ShardedFileTemplate(data_dir=directory, dataset_name=NAME, split=SPLIT, filetype_suffix=format)

@@ -1,0 +1,62 @@
+"""Reading an exported directory: random access to its records over all shards."""
+
+import bisect
+
+import numpy as np
+from etils import epath
+
+from refiner_export.records.formats import open_shard
+from refiner_export.records.manifest import Manifest
+from refiner_export.records.record import Record, RecordError
+from refiner_export.common.settings import require
+
+
+class RecordDirectory:
+  """`len` records; `directory[i]` decodes one, 0 <= i < len. Picklable; threads may share it.
+
+  Args:
+    path: an exported directory, local or remote.
+    fingerprint: what the configuration expects of the refiner; None accepts any.
+
+  Raises:
+    UserError: no manifest, another schema, or another refiner than expected.
+    RecordError: a shard or an index is missing or damaged.
+  """
+
+  def __init__(self, path: epath.PathLike, fingerprint: str | None = None):
+    self.path = epath.Path(path)
+    self.manifest = Manifest.load(self.path)
+    require(fingerprint in (None, self.manifest.fingerprint),
+            f"{path}: made by refiner {self.manifest.fingerprint} ({self.manifest.refiner['name']}), the configuration "
+            f"expects {fingerprint}: export again, or set the expected fingerprint to {self.manifest.fingerprint}")
+    self._shards = [open_shard(self.path / shard.file) for shard in self.manifest.shards]
+    self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)]).tolist()
+    require(self._starts[-1] == self.manifest.records,
+            f"{path}: the shards hold {self._starts[-1]} records, the manifest says {self.manifest.records}: "
+            "export again")
+    self._schema = self.manifest.schema()
+
+  def __len__(self) -> int:
+    return self.manifest.records
+
+  def __getitem__(self, position: int) -> Record:
+    if not 0 <= position < len(self):
+      raise IndexError(f"{self.path}: record {position} asked for, the directory holds {len(self)}")
+    shard = bisect.bisect_right(self._starts, position) - 1
+    reader, within = self._shards[shard], position - self._starts[shard]
+    serialized = reader.read(within)
+    try:
+      return self._schema.decode(serialized)
+    except RecordError as error:
+      raise RecordError(f"{reader.path}: record {within}: {error}") from error
+
+  def read_conversation_counts(self) -> np.ndarray:
+    """int64 (records,): the number of conversations in each record, from the indexes alone."""
+    return np.concatenate([np.zeros(0, np.int64), *(shard.conversation_counts for shard in self._shards)])
+
+  def __getstate__(self):
+    return {name: value for name, value in self.__dict__.items() if name != "_schema"}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._schema = self.manifest.schema()  # TFDS features do not promise to pickle
