@@ -1,6 +1,7 @@
 # make quickstart   photographs in, answers out, on this machine's CPU
 # make test         the default tests
 # make test-all     the slow ones too
+# make lint         ruff, which make test runs too
 # make test-original   the refiner's networks as their authors' packages run them, in an environment of their own
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ RUN := runs/quickstart
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: quickstart test test-all test-original clean-quickstart
+.PHONY: quickstart test test-all test-original lint clean-quickstart
 .DELETE_ON_ERROR:
 
 $(PY):
@@ -27,7 +28,7 @@ $(VENV)/.dev: setup.py constraints.txt | $(PY)
 quickstart: $(VENV)/.quickstart
 	@echo "== 1/5 export: twelve photographs, their objects and local features become records"
 	$(PY) -m refiner_export --config configs/export_quickstart.py
-	$(PY) -m refiner_export.pages.gallery $(RUN)/records
+	$(PY) -m refiner_export gallery $(RUN)/records
 	@echo "== 2/5 tokenizers, trained on the records' texts"
 	test -d $(RUN)/tokenizers || $(PY) -m lyrics_jax.data.train_tokenizers --records $(RUN)/records --output $(RUN)/tokenizers
 	@echo "== 3/5 stage 1: align pictures, objects and text"
@@ -46,6 +47,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PY) -m pytest -m 'slow or not slow'
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
 
 .venv-original/.installed: constraints-original.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed: make PYTHON=python3.11 test-original")'

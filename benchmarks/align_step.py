@@ -5,11 +5,12 @@
 
 Both sides run on the same device, one after the other, with the same weights, inputs and negatives, at the published
 size and without dropout; their losses and the norm of their gradients must agree. The frozen image encoder is left
-out of both: its tokens are given. Ours runs every batch of one window of the input pipeline in its text bucket,
+out of both: its tokens are given. Our side runs every batch of one window of the input pipeline in its text bucket,
 weighted as they occur; the authors' time does not depend on the texts, which they pad to one length.
 """
 
 import collections
+import dataclasses
 import gc
 import json
 import os
@@ -28,19 +29,30 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from lyrics_jax.config import Config, DataConfig, ModelConfig, MQFormerConfig, RefinerConfig, VisionConfig  # noqa: E402
+from lyrics_jax.config import Config  # noqa: E402
+from lyrics_jax.data.batch import Batch  # noqa: E402
 from lyrics_jax.data.buckets import WINDOW, cut_to, lengths_of, sorted_batches  # noqa: E402
-from lyrics_jax.data.mq_former_text import OUTSIDE, mask_objects  # noqa: E402
 from lyrics_jax.data.padding import pad_ids  # noqa: E402
-from lyrics_jax.stages.align import Align, hard_negatives, image_text_similarity  # noqa: E402
-from lyrics_jax.models.mq_former import spatial_and_caption  # noqa: E402
+from lyrics_jax.data.pairs import EncodedPair, Pairs  # noqa: E402
+from lyrics_jax.data.settings import DataSettings  # noqa: E402
+from lyrics_jax.models.aligner import Aligner, AlignerSettings  # noqa: E402
+from lyrics_jax.models.connectors.local_tokens import LocalTokensSettings  # noqa: E402
+from lyrics_jax.models.connectors.mq_former import MQFormerSettings  # noqa: E402
+from lyrics_jax.models.connectors.q_former import QFormerSettings  # noqa: E402
+from lyrics_jax.models.layers.compute import Compute  # noqa: E402
+from lyrics_jax.models.vision.vit import ViTSettings  # noqa: E402
+from lyrics_jax.objectives.icg import ICG  # noqa: E402
+from lyrics_jax.objectives.itc import ITC  # noqa: E402
+from lyrics_jax.objectives.itm import ITM, hard_negatives  # noqa: E402
+from lyrics_jax.objectives.msp import MSP  # noqa: E402
 from lyrics_jax.planning.flops import count_flops  # noqa: E402
-from lyrics_jax.training.parameters import ParameterPlan  # noqa: E402
-from lyrics_jax.training.sharding import make_mesh  # noqa: E402
+from lyrics_jax.sharding import make_mesh  # noqa: E402
+from lyrics_jax.stage import Stage  # noqa: E402
+from lyrics_jax.training.parameters import ModelParameters  # noqa: E402
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("batch_size", 8, "Pairs of picture and text in a step.", lower_bound=2)
-flags.DEFINE_integer("steps", 3, "Timed steps after the check, which warms up; ours, in each bucket.", lower_bound=1)
+flags.DEFINE_integer("steps", 3, "Timed steps after the check, which warms up; ours in each bucket.", lower_bound=1)
 flags.DEFINE_bool("tiny", False, "A small model and short texts; checks every batch, its times mean little.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation; bfloat16 is autocast in PyTorch.")
 flags.DEFINE_enum("remat", "none", ["none", "dots", "full"], "What our backward pass computes again.")
@@ -50,7 +62,17 @@ flags.DEFINE_bool("authors", True, "Whether to run the authors' side.")
 # Made-up ids take the places of BERT's special tokens; words are the ids from WORDS on.
 PAD, BOS, CLS, SEP, DEC, MLM, MASK, WORDS = range(8)
 MARKERS = 6  # <br> <T> </T> <Bbox> </Box> </br>
+OUTSIDE = -1  # owner of a token that belongs to no object's tag or box
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+OBJECTIVES = (ITC(), ITM(), ICG(), MSP())
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+  """In the tokenizer's place, for the objectives: the ids that stand in front of texts and over hidden tokens."""
+  dec: int = DEC
+  mlm: int = MLM
+  mask: int = MASK
 
 
 class GivenTokens(nnx.Module):
@@ -60,81 +82,96 @@ class GivenTokens(nnx.Module):
     return image.astype(dtype)
 
 
-class AlignGivenTokens(Align):
-  """Stage 1 without the image encoder."""
+@dataclasses.dataclass(unsafe_hash=True)
+class AlignerOfTokens(AlignerSettings):
+  """The model of stage 1 without the image encoder."""
 
-  def build(self, rngs: nnx.Rngs) -> nnx.Module:
-    model = super().build(rngs)
-    model.perception.vision = GivenTokens()
+  def build(self, compute: Compute, int8, rngs: nnx.Rngs) -> Aligner:
+    model = super().build(compute, int8, rngs)
+    model.vision = GivenTokens()
     return model
 
 
 def make_config() -> tuple[Config, int]:
   """The configuration, and the length to which the authors pad texts."""
-  config = Config(output="unused", batch_size=FLAGS.batch_size, model=ModelConfig(
-      vision=VisionConfig(layers=1), mq_former=MQFormerConfig(dropout=0.0), dtype=FLAGS.dtype, remat=FLAGS.remat),
-      data=DataConfig(records="unused", mq_former_tokenizer="unused"))
-  padded = 600
+  model = AlignerOfTokens(
+      vision=ViTSettings(layers=1), connector=QFormerSettings(former=MQFormerSettings(dropout=0.0)))
+  data, padded = DataSettings(records="unused", rows=Pairs(), mq_former_tokenizer="unused"), 600
   if FLAGS.tiny:
-    config.model.vision = VisionConfig(image_size=28, width=48, layers=1, heads=4, mlp_dim=48)
-    config.model.refiner = RefinerConfig(detection_rows=24, mask_rows=8, feature_width=16)
-    config.model.mq_former = MQFormerConfig(width=48, layers=4, heads=4, mlp_dim=96,
-                                            visual_queries=8, grounding_queries=8,
-                                            vocab_size=300, itc_width=16, dropout=0.0)
-    config.data.spatial_length, config.data.caption_length, padded = 128, 32, 200
+    model = AlignerOfTokens(
+        vision=ViTSettings(image_size=28, width=48, layers=1, heads=4, mlp_dim=48),
+        connector=QFormerSettings(
+            former=MQFormerSettings(width=48, layers=4, heads=4, mlp_dim=96, visual_queries=8, grounding_queries=8,
+                                    vocab_size=300, dropout=0.0),
+            local=LocalTokensSettings(detection_rows=24, mask_rows=8, feature_width=16)),
+        itc_width=16)
+    data.spatial_length, data.caption_length, padded = 128, 32, 200
+  config = Config(output="unused", batch_size=FLAGS.batch_size,
+                  stage=Stage(model=model, objectives=OBJECTIVES, train=("*",)), data=data,
+                  compute=Compute(dtype=FLAGS.dtype, remat=FLAGS.remat))
   config.finalize()
   return config, padded
 
 
-def make_example(config: Config, rng: np.random.Generator) -> dict[str, np.ndarray]:
-  """One example with texts as long as those of COCO; pictures and words are noise.
+def make_texts(config: Config, rng: np.random.Generator) -> tuple[EncodedPair, int]:
+  """Texts as long as those of COCO, of random words; and the number of objects in the picture.
 
   Measured on 79 annotated pictures of COCO val2017 with BERT's vocabulary: 7.9 objects in a picture on average (tenths
   of the pictures have up to 2, 2, 3, 4, 6, 8, 10, 11, 18 and 26, which a geometric distribution follows), 28.8 tokens
   for an object and its box (standard deviation 1.2, between 26 and 32), 14.0 for a caption with [CLS] and [SEP] (2.9,
   between 9 and 29).
   """
-  data, refiner = config.data, config.model.refiner
-  words = lambda n: rng.integers(WORDS, config.model.mq_former.vocab_size, n)
-  owners = [OUTSIDE]
-  objects = rng.geometric(1 / 7.9)
+  data, vocabulary = config.data, config.stage.model.connector.former.vocab_size
+  owners, objects = [OUTSIDE], rng.geometric(1 / 7.9)
   for index in range(objects):
     tokens = int(np.clip(round(rng.normal(28.8, 1.2)), 26, 32))
     if len(owners) + tokens > data.spatial_length:
       break
     owners += [OUTSIDE] * MARKERS + [index] * (tokens - MARKERS)
-  ids = np.array([BOS, *words(len(owners) - 1)])
-  hidden = mask_objects(owners, config.align.mask_probability, rng)
+  spatial = [BOS, *rng.integers(WORDS, vocabulary, len(owners) - 1)]
   length = int(min(9 + rng.gamma(3, 1.65), 29, data.caption_length))
-  caption = [CLS, *words(length - 2), SEP]
-
-  spatial_ids, spatial_mask = pad_ids(ids, data.spatial_length, PAD)
+  caption = [CLS, *rng.integers(WORDS, vocabulary, length - 2), SEP]
+  spatial_ids, spatial_mask = pad_ids(spatial, data.spatial_length, PAD)
   caption_ids, caption_mask = pad_ids(caption, data.caption_length, PAD)
-  normal = lambda *shape: rng.standard_normal(shape, np.float32)
-  return {
-      "image": normal(config.model.vision.tokens, config.model.vision.width),
-      "detection": normal(refiner.detection_rows, refiner.feature_width + 4),
-      "detection_mask": np.ones(refiner.detection_rows, bool),
-      "masks": normal(refiner.mask_rows, refiner.feature_width + 4),
-      "masks_mask": np.arange(refiner.mask_rows) < objects,
-      "spatial_ids": spatial_ids, "spatial_mask": spatial_mask,
-      "msp_ids": pad_ids([MLM, *np.where(hidden, MASK, ids)[1:]], data.spatial_length, PAD)[0],
-      "msp_targets": pad_ids(np.where(hidden, ids, -1), data.spatial_length, -1)[0],
-      "caption_ids": caption_ids, "caption_mask": caption_mask,
-      "icg_ids": np.concatenate([[DEC], caption_ids[1:]]).astype(np.int32)}
+  owners, _ = pad_ids(owners, data.spatial_length, OUTSIDE)
+  return EncodedPair(spatial_ids, spatial_mask, owners, caption_ids, caption_mask), objects
 
 
-def make_window(config: Config) -> list[dict[str, np.ndarray]]:
+def make_example(config: Config, rng: np.random.Generator) -> Batch:
+  """One row of a batch: texts as in `make_texts`, and noise for the image encoder's tokens and the local tokens."""
+  vision, local = config.stage.model.vision, config.stage.model.connector.local
+  pair, objects = make_texts(config, rng)
+  example = {
+      "image": rng.standard_normal((vision.tokens, vision.width), np.float32),
+      "detection": rng.standard_normal((local.detection_rows, local.feature_width + 4), np.float32),
+      "detection_mask": np.ones(local.detection_rows, bool),
+      "masks": rng.standard_normal((local.mask_rows, local.feature_width + 4), np.float32),
+      "masks_mask": np.arange(local.mask_rows) < objects,
+      "spatial_ids": pair.spatial_ids, "spatial_mask": pair.spatial_mask,
+      "caption_ids": pair.caption_ids, "caption_mask": pair.caption_mask}
+  for objective in OBJECTIVES:
+    example |= objective.prepare(pair, SpecialTokens(), rng)
+  for name, field in config.fields.items():
+    if "pictures" in field.dims:
+      example[name] = example[name][None]
+  return example
+
+
+def make_window(config: Config) -> list[Batch]:
   """The batches of one window of the input pipeline, from the shortest texts to the longest, at full length."""
-  rng = np.random.default_rng(0)
+  rng, window = np.random.default_rng(0), []
   examples = [make_example(config, rng) for _ in range(WINDOW * config.batch_size)]
-  return [{name: np.stack([example[name] for example in batch]) for name in batch[0]}
-          for batch in sorted_batches(examples, config.batch_size, np.arange(WINDOW))]
+  for rows in sorted_batches(config.fields, examples, config.batch_size, np.arange(WINDOW)):
+    batch = {}
+    for name in rows[0]:
+      batch[name] = np.stack([example[name] for example in rows])
+    window.append(batch)
+  return window
 
 
 def tokens_of(config: Config, spatial: int, caption: int, padded: bool) -> int:
   """Tokens that one example sends through the layers: queries, text, three pairs, caption and spatial passes."""
-  queries = config.model.mq_former.visual_queries + config.model.mq_former.grounding_queries
+  queries = config.stage.model.connector.former.queries
   text = spatial + caption
   return queries + text + 3 * (queries + text) + (2 * text if padded else text)
 
@@ -149,80 +186,112 @@ def timed(step) -> float:
   return statistics.median(seconds)
 
 
-def run_ours(config: Config, window: list[dict[str, np.ndarray]], checked: list[int]):
-  """Figures of our side; for the checked batches losses, gradient norm and negatives; and the parameters."""
-  plan = ParameterPlan.of(AlignGivenTokens(config))
-  parameters, _ = plan.initialise(make_mesh(config.mesh, jax.devices()[:1]), config.seed)
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """What both sides must agree on for a batch, and the negatives that both use."""
+  losses: dict[str, float]
+  gradient_norm: float
+  negatives: tuple[np.ndarray, ...]
 
-  def gradients(parameters, batch):
+
+class OurSide:
+  """Our step on one device."""
+
+  def __init__(self, config: Config):
+    self.config, self.model_parameters = config, ModelParameters.of(config)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    self.parameters, _ = self.model_parameters.initialise(mesh, config.seed)
+
+  def gradients(self, parameters, batch):
+    """Losses by name, and the gradient of their sum."""
+
     def loss_of(parameters):
-      loss = plan.stage.loss(plan.model(parameters, {}), batch, None)
+      loss = self.config.stage.loss(self.model_parameters.model(parameters, {}), batch, None)
       return loss.value, loss.metrics
 
     (_, losses), gradient = jax.value_and_grad(loss_of, has_aux=True)(parameters)
     return losses, gradient
 
-  @jax.jit
-  def negatives(parameters, batch):
-    model = plan.model(parameters, {})
-    queries, _ = model.perception.mq_former.query_pass(model.perception.look(batch))
-    text = spatial_and_caption((batch["spatial_ids"], batch["spatial_mask"]),
-                               (batch["caption_ids"], batch["caption_mask"]),
-                               config.model.mq_former.restart_positions)
-    # Without a key the stage draws its negatives from this one.
-    similarity = image_text_similarity(model, queries, text, config.align.itc_pooling, None)
-    return hard_negatives(similarity, batch["caption_ids"], jax.random.key(0))
+  def negatives(self, parameters, batch):
+    """The negatives that ITM draws without a key."""
+    passes = self.model_parameters.model(parameters, {}).passes(batch)
+    return hard_negatives(passes.similarity, batch["caption_ids"], jax.random.key(0))
 
-  rows, checks = [], {}
-  lengths = [lengths_of(config.data, batch) for batch in window]
-  texts = [(length["spatial_ids"], length["caption_ids"]) for length in lengths]
-  for (spatial, caption), count in sorted(collections.Counter(texts).items()):
-    members = {k: jax.device_put(cut_to(lengths[k], window[k])) for k, own in enumerate(texts) if own == (spatial, caption)}
-    batch = next(iter(members.values()))
+  def run(self, window: list[Batch], checked: list[int]) -> tuple[dict, dict[int, Check]]:
+    """Our figures, and the checks of the batches with these numbers."""
+    members = collections.defaultdict(dict)  # by text lengths, then by number
+    for number, batch in enumerate(window):
+      lengths = lengths_of(self.config.fields, self.config.data.buckets, batch)
+      members[lengths["spatial_ids"], lengths["caption_ids"]][number] = cut_to(lengths, batch)
+    rows, checks = [], {}
+    for lengths in sorted(members):
+      row, found = self.run_bucket(lengths, members[lengths], checked)
+      rows.append(row)
+      checks |= found
+      print(json.dumps({"ours": row}), flush=True)
+    figures = {"buckets": rows, "peak_gb": peak_gb(), "compile_seconds": sum(row["compile_seconds"] for row in rows)}
+    for name in ("seconds", "flops", "tokens"):
+      figures[name] = sum(row["batches"] * row[name] for row in rows) / len(window)
+    return figures, checks
+
+  def run_bucket(self, lengths: tuple[int, int], batches: dict[int, Batch], checked: list[int]):
+    """The figures of the batches of one bucket, and the checks of those among them that are to be checked."""
+    batches, checks = jax.device_put(batches), {}
+    batch = next(iter(batches.values()))
     start = time.perf_counter()
-    step = jax.jit(gradients).lower(parameters, batch).compile()
+    step = jax.jit(self.gradients).lower(self.parameters, batch).compile()
     compiled = time.perf_counter() - start
     # The checks are the warm-up: at the published size a CPU takes minutes for a step.
-    for k in [k for k in checked if k in members] or [next(iter(members))]:
-      losses, gradient = step(parameters, members[k])
-      checks[k] = ({name: float(losses[name]) for name in ("itc", "itm", "icg", "msp")},
-                   float(optax.global_norm(gradient)), jax.tree.map(np.array, negatives(parameters, members[k])))
+    numbers = [number for number in checked if number in batches]
+    for number in numbers or [next(iter(batches))]:
+      losses, gradient = step(self.parameters, batches[number])
+      negatives = jax.jit(self.negatives)(self.parameters, batches[number])
+      if number in checked:
+        losses = {objective.name: float(losses[objective.name]) for objective in OBJECTIVES}
+        checks[number] = Check(losses, float(optax.global_norm(gradient)), jax.tree.map(np.array, negatives))
     del gradient
-    rows.append({"text": f"{spatial}+{caption}", "batches": count, "compile_seconds": compiled,
-                 "seconds": timed(lambda: jax.block_until_ready(step(parameters, batch))),
-                 "flops": count_flops(gradients, parameters, batch),
-                 "tokens": tokens_of(config, spatial, caption, padded=False)})
-    print(json.dumps({"ours": rows[-1]}), flush=True)
-  share = lambda name: sum(row["batches"] * row[name] for row in rows) / len(window)
-  figures = {name: share(name) for name in ("seconds", "flops", "tokens")}
-  figures |= {"compile_seconds": sum(row["compile_seconds"] for row in rows), "buckets": rows, "peak_gb": peak_gb()}
-  return figures, {k: checks[k] for k in checked}, {path: np.array(value) for path, value in parameters.items()}
+    return {"text": f"{lengths[0]}+{lengths[1]}", "batches": len(batches), "compile_seconds": compiled,
+            "seconds": timed(lambda: jax.block_until_ready(step(self.parameters, batch))),
+            "flops": count_flops(self.gradients, self.parameters, batch),
+            "tokens": tokens_of(self.config, *lengths, padded=False)}, checks
 
 
-def run_authors(config: Config, window, checks: dict, parameters: dict[str, np.ndarray], padded: int):
+def run_authors(config: Config, window: list[Batch], checks: dict[int, Check], parameters: dict[str, np.ndarray],
+                padded: int) -> tuple[dict, dict]:
   """Figures of the authors' side, and the greatest differences of losses and of the gradient's norm from ours."""
   import torch  # here, so that its threads and memory do not weigh on our side
 
   from benchmarks.authors_align_step import AuthorsAlignStep
   device = "cuda" if jax.default_backend() == "gpu" else "cpu"
   authors = AuthorsAlignStep(config, parameters, padded, device, FLAGS.dtype)
-  difference = {}
-  for k, (ours, norm, negatives) in checks.items():
-    flops, losses = authors.count_flops(window[k], negatives)
-    differences = {name: abs(losses[name] - ours[name]) for name in ours}
-    differences["gradient_norm"] = abs(authors.gradient_norm() / norm - 1)  # relative
-    difference = {name: max(value, difference.get(name, 0.0)) for name, value in differences.items()}
-    print(json.dumps({"batch": k, "ours": ours, "authors": losses, "difference": differences}), flush=True)
-    assert max(differences.values()) < TOLERANCE[FLAGS.dtype], "the two sides do not compute the same"
+  difference = collections.defaultdict(float)
+  for number, check in checks.items():
+    batch = without_pictures(config, window[number])
+    flops, losses = authors.count_flops(batch, check.negatives)
+    found = {"gradient_norm": abs(authors.gradient_norm() / check.gradient_norm - 1)}  # relative
+    for name, value in check.losses.items():
+      found[name] = abs(losses[name] - value)
+    for name, value in found.items():
+      difference[name] = max(value, difference[name])
+    print(json.dumps({"batch": number, "ours": check.losses, "authors": losses, "difference": found}), flush=True)
+    assert max(found.values()) < TOLERANCE[FLAGS.dtype], "the two sides do not compute the same"
 
   def step():
-    authors.step(window[k], negatives)
+    authors.step(batch, check.negatives)
     if device == "cuda":
       torch.cuda.synchronize()
 
   seconds = timed(step)
   return {"seconds": seconds, "flops": flops, "compile_seconds": 0.0, "peak_gb": peak_gb(),
-          "tokens": tokens_of(config, padded, 0, padded=True)}, difference
+          "tokens": tokens_of(config, padded, 0, padded=True)}, dict(difference)
+
+
+def without_pictures(config: Config, batch: Batch) -> Batch:
+  """The batch without the axis of pictures: a pair has one."""
+  found = {}
+  for name, value in batch.items():
+    found[name] = value[:, 0] if "pictures" in config.fields[name].dims else value
+  return found
 
 
 def peak_gb() -> float:
@@ -243,11 +312,14 @@ def main(_):
   config, padded = make_config()
   window = make_window(config)
   checked = list(range(WINDOW)) if FLAGS.tiny else [WINDOW // 2]
-  ours, checks, parameters = run_ours(config, window, checked)
+  our_side = OurSide(config)
+  ours, checks = our_side.run(window, checked)
   sides = {"ours": ours}
   result = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "batch_size": config.batch_size,
             "dtype": FLAGS.dtype, "remat": FLAGS.remat, "steps": FLAGS.steps, "tiny": FLAGS.tiny}
   if FLAGS.authors:
+    parameters = jax.tree.map(np.array, our_side.parameters)
+    del our_side
     jax.clear_caches()
     gc.collect()
     sides["authors"], difference = run_authors(config, window, checks, parameters, padded)

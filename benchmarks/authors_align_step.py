@@ -1,9 +1,9 @@
 """Stage 1 as the authors compute it, in eager PyTorch: the other side of `align_step.py`.
 
-Every objective is a pass of its own over texts padded to one long row (spatial representation, then caption), and
-attention masks say what a pass ignores. Matching runs three passes, each with its own cross-attention keys and
-values; the two language modelling passes reuse the self-attention keys and values of the query pass, and predict at
-every position.
+Every objective runs a separate pass over texts padded to one long row (spatial representation, then caption),
+and attention masks say what a pass ignores. Matching runs three passes, each of which computes its
+cross-attention keys and values anew. The two language modelling passes reuse the self-attention keys and values
+of the query pass, and predict at every position.
 """
 
 import dataclasses
@@ -16,14 +16,21 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from lyrics_jax.config import Config
 
 Tensor = torch.Tensor
-STACK = "perception/mq_former/stack/blocks/layers/"
+STACK = "connector/former/stack/blocks/layers/"
 
-# The fused attention of the CPU, which PyTorch's counter does not know; counted like that of the GPU.
+
+def _attention_flops(query, key, value, *_, **__) -> int:
+  return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(gradient, query, key, value, *_, **__) -> int:
+  return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# PyTorch's counter does not know the fused attention of the CPU; it counts like that of the GPU.
 _CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 
 
@@ -43,12 +50,15 @@ class AuthorsAlignStep:
 
   Args:
     parameters: ours by path (see `lyrics_jax/training/parameters.py`); copied.
-    text_length: to which every text is padded; the caption lies in the last `config.data.caption_length` positions.
+    text_length: every text is padded to it; the caption lies in the last `config.data.caption_length` positions.
   """
 
   def __init__(self, config: Config, parameters: dict[str, np.ndarray], text_length: int, device: str, dtype: str):
-    self.config, self.model, self.device, self.dtype = config, config.model.mq_former, device, dtype
+    self.config, self.model, self.device, self.dtype = config, config.stage.model.connector.former, device, dtype
     self.spatial_slot, self.text_length = text_length - config.data.caption_length, text_length
+    self.smoothing = {}
+    for objective in config.stage.objectives:
+      self.smoothing[objective.name] = getattr(objective, "label_smoothing", 0.0)
     self.leaves = {}
     for path, value in parameters.items():
       if path.startswith(STACK):
@@ -56,7 +66,7 @@ class AuthorsAlignStep:
         for group, layer in enumerate(value):
           self._add(f"layers/{group * self.model.cross_attention_frequency + int(number)}/{name}", layer)
       else:
-        self._add(path.removeprefix("perception/").removeprefix("mq_former/"), value)
+        self._add(path.removeprefix("connector/").removeprefix("former/"), value)
 
   def _add(self, name: str, value: np.ndarray) -> None:
     value = value.T if name.endswith("kernel") else value  # nn.Linear's layout
@@ -75,8 +85,8 @@ class AuthorsAlignStep:
     """Losses of a batch; the gradients of their sum lie in `leaves`.
 
     Args:
-      batch: texts at full length; `image` holds the image encoder's tokens.
-      negatives: of each pair a picture and a text, int[B] both, and whether there is any, bool[B].
+      batch: one picture a row and no axis of pictures; texts at full length; `image` holds the image encoder's
+      tokens. negatives: for each pair a picture and a text, int[B] both, and whether the pair has any, bool[B].
     """
     for leaf in self.leaves.values():
       leaf.grad = None
@@ -101,12 +111,12 @@ class AuthorsAlignStep:
     image = self._linear("itc_image", torch.cat(self._means(queries), -1))
     text = self._linear("itc_text", torch.cat([text[:, 0], text[:, self.spatial_slot]], -1))
     similarity = F.normalize(image.float(), dim=-1) @ F.normalize(text.float(), dim=-1).T / self.leaves["temperature"]
-    target, smoothing = torch.arange(len(image), device=self.device), self.config.align.label_smoothing
+    target, smoothing = torch.arange(len(image), device=self.device), self.smoothing["itc"]
     return (F.cross_entropy(similarity, target, label_smoothing=smoothing) +
             F.cross_entropy(similarity.T, target, label_smoothing=smoothing)) / 2
 
   def _itm(self, pictures: Pictures, batch: dict[str, Tensor], other_pictures, other_texts, found) -> Tensor:
-    own = torch.arange(len(found), device=self.device)
+    pairs = torch.arange(len(found), device=self.device)
     ids = self._row(batch["spatial_ids"], batch["caption_ids"])
     valid = self._row(batch["spatial_mask"], batch["caption_mask"])
     visual, grounding = self._queries
@@ -115,12 +125,12 @@ class AuthorsAlignStep:
         device=self.device)
     sees = caption_side[:, None] == caption_side[None]
     losses, counted = [], []
-    for label, of_picture, of_text in ((1, own, own), (0, other_pictures, own), (0, own, other_texts)):
+    for label, of_picture, of_text in ((1, pairs, pairs), (0, other_pictures, pairs), (0, pairs, other_texts)):
       keys = F.pad(valid[of_text], (sum(self._queries), 0), value=True)
       queries, _, _ = self._run(pictures.take(of_picture), ids[of_text], sees & keys[:, None, None])
       for pooled in self._means(queries):
         logits = self._linear("itm", pooled).float()
-        losses.append(F.cross_entropy(logits, torch.full_like(own, label), reduction="none"))
+        losses.append(F.cross_entropy(logits, torch.full_like(pairs, label), reduction="none"))
         counted.append(found | bool(label))
     losses, counted = torch.stack(losses), torch.stack(counted)
     return (losses * counted).sum() / counted.sum()
@@ -134,18 +144,19 @@ class AuthorsAlignStep:
     _, hidden, _ = self._run(None, ids, mask, context)
     targets = torch.where(valid, ids, -1)
     targets[:, self.spatial_slot] = -1
-    return self._language_loss(self._words(hidden)[:, :-1], targets[:, 1:])
+    return self._language_loss(self._words(hidden)[:, :-1], targets[:, 1:], self.smoothing["icg"])
 
   def _msp(self, batch: dict[str, Tensor], context: list) -> Tensor:
     nothing = torch.zeros_like(batch["caption_mask"])
     ids, valid = self._row(batch["msp_ids"], batch["caption_ids"]), self._row(batch["spatial_mask"], nothing)
     mask = F.pad(valid, (sum(self._queries), 0), value=True)
     _, hidden, _ = self._run(None, ids, mask[:, None, None], context)
-    return self._language_loss(self._words(hidden), self._row(batch["msp_targets"], nothing.int()).where(valid, -1))
+    targets = self._row(batch["msp_targets"], nothing.int()).where(valid, -1)
+    return self._language_loss(self._words(hidden), targets, self.smoothing["msp"])
 
-  def _language_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+  def _language_loss(self, logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().long(), ignore_index=-1,
-                           label_smoothing=self.config.align.label_smoothing)
+                           label_smoothing=smoothing)
 
   def _words(self, hidden: Tensor) -> Tensor:
     """BERT's prediction head at every position: [B, T, vocabulary]."""
@@ -169,7 +180,7 @@ class AuthorsAlignStep:
     local = torch.cat([self._linear("local_tokens/detection", batch["detection"]) + source[0],
                        self._linear("local_tokens/mask", batch["masks"]) + source[1]], 1)
     valid = torch.cat([batch["detection_mask"], batch["masks_mask"]], 1)
-    image = self._norm("image_norm", batch["image"], self.config.model.vision.norm_eps)
+    image = self._norm("image_norm", batch["image"], self.config.stage.model.vision.norm_eps)
     return Pictures(image, local, valid[:, None, None])
 
   def _run(self, pictures: Pictures | None, ids: Tensor | None, mask: Tensor | None, context: list | None = None):
@@ -189,9 +200,11 @@ class AuthorsAlignStep:
     count, kept = sum(self._queries) if pictures is not None else 0, []
     for number in range(self.model.layers):
       layer = f"layers/{number}/"
-      own = self._keys_values(layer + "self_attention", hidden)
-      kept.append(own)
-      seen = own if context is None else [torch.cat(pair, 2) for pair in zip(context[number], own)]
+      key_value = self._keys_values(layer + "self_attention", hidden)
+      kept.append(key_value)
+      seen = key_value
+      if context is not None:
+        seen = [torch.cat(pair, 2) for pair in zip(context[number], key_value)]
       hidden = self._attention(layer + "self_attention", hidden, seen, mask)
       parts = []
       if count:

@@ -30,8 +30,8 @@ from lyrics_jax.config import Config, DataConfig, LLMConfig, MQFormerConfig, Mod
 from lyrics_jax.data.train_tokenizers import write_tokenizers
 from lyrics_jax.weights.from_hf import convert
 from lyrics_jax.weights.lyrics_names import LANGUAGE_PREFIX
-from lyrics_jax.weights.read import read_tensors
 from lyrics_jax.weights.to_hf import export
+from refiner_export.common.weight_files import read_tensors
 
 LAYER = {
     "input_layernorm": ("norm",), "post_attention_layernorm": ("norm",),

@@ -22,6 +22,7 @@ The sizes of records are those of the pictures that were refined, against float3
 """
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -40,16 +41,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from benchmarks import random_refiner  # noqa: E402
 from refiner_export.export import pipeline  # noqa: E402
 from refiner_export.export.config import ImageSettings  # noqa: E402
-from refiner_export.export.images import to_jpeg  # noqa: E402
-from refiner_export.records.record import Record, Schema  # noqa: E402
-from refiner_export.refiners.base import Detections, Picture, Segments, Tags  # noqa: E402
+from refiner_export.common.images import to_jpeg  # noqa: E402
+from refiner_export.records.record import Record  # noqa: E402
+from refiner_export.records.schema import Schema  # noqa: E402
+from refiner_export.refiners.base import Detections, Segments, Tags, UprightPicture  # noqa: E402
 from refiner_export.refiners.compute import Compute  # noqa: E402
 from refiner_export.refiners.grounding_dino.detector import GroundingDino, GroundingDinoDetector  # noqa: E402
 from refiner_export.refiners.neural import NeuralModels  # noqa: E402
 from refiner_export.refiners.ram_plus.tagger import RamPlusTagger  # noqa: E402
 from refiner_export.refiners.sam_hq.segmenter import SamHQ, SamHQSegmenter  # noqa: E402
 from refiner_export.refiners.sam_hq.decoder import MaskDecoder  # noqa: E402
-from refiner_export.sources.base import SourceExample  # noqa: E402
+from refiner_export.sources.base import SourceExample, SourcePicture  # noqa: E402
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("images", None, "Folder of JPEG files; without it, noise of the sizes that COCO's pictures have.")
@@ -79,17 +81,17 @@ class Best:
     self.tagger = self.detector = self.segmenter = self
     self.seconds = dict.fromkeys(STAGES, 0.0)
 
-  def tag(self, pictures: Sequence[Picture]) -> list[Tags]:
+  def tag(self, pictures: Sequence[UprightPicture]) -> list[Tags]:
     found = self._timed("tag", self._parts[0].tag, pictures)
     return [Tags(tags.names[:FLAGS.tags], tags.scores[:FLAGS.tags]) for tags in found]
 
-  def detect(self, pictures: Sequence[Picture], tags: Sequence[Tags]) -> list[Detections]:
+  def detect(self, pictures: Sequence[UprightPicture], tags: Sequence[Tags]) -> list[Detections]:
     found = self._timed("detect", self._parts[1].detect, pictures, tags)
     first = lambda values: values[:FLAGS.boxes]
     return [dataclasses.replace(some, tags=first(some.tags), boxes=first(some.boxes), scores=first(some.scores))
             for some in found]
 
-  def segment(self, pictures: Sequence[Picture], detections: Sequence[Detections]) -> list[Segments]:
+  def segment(self, pictures: Sequence[UprightPicture], detections: Sequence[Detections]) -> list[Segments]:
     return self._timed("segment", self._parts[2].segment, pictures, detections)
 
   def _timed(self, stage: str, function, *arguments):
@@ -107,10 +109,10 @@ class PerPrompt:
   def __init__(self, detector: GroundingDinoDetector):
     self._detector = detector
 
-  def detect(self, pictures: Sequence[Picture], tags: Sequence[Tags]) -> list[Detections]:
+  def detect(self, pictures: Sequence[UprightPicture], tags: Sequence[Tags]) -> list[Detections]:
     return [self._of_picture(picture, found) for picture, found in zip(pictures, tags, strict=True)]
 
-  def _of_picture(self, picture: Picture, tags: Tags) -> Detections:
+  def _of_picture(self, picture: UprightPicture, tags: Tags) -> Detections:
     asked = [Tags((name,), tags.scores[k:k + 1]) for k, name in enumerate(tags.names)] or [tags]
     passes = [self._detector.detect([picture], [one])[0] for one in asked]
     boxes, scores = (np.concatenate([getattr(found, name) for found in passes]) for name in ("boxes", "scores"))
@@ -135,7 +137,7 @@ def make_networks(compute: Compute) -> tuple[RamPlusTagger, GroundingDinoDetecto
   return tagger, detector, segmenter
 
 
-def set_thresholds(networks, picture: Picture) -> None:
+def set_thresholds(networks, picture: UprightPicture) -> None:
   """So that there are about twice as many boxes as are taken: all of 900 queries would burden the suppression."""
   tagger, detector, _ = networks
   (tags,) = tagger.tag([picture])
@@ -149,12 +151,12 @@ def make_examples() -> list[SourceExample]:
   if FLAGS.images:
     files = sorted(path for path in pathlib.Path(FLAGS.images).iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
     assert len(files) >= FLAGS.pictures, f"{FLAGS.images} has {len(files)} JPEG files"
-    return [SourceExample(path.stem, path.read_bytes) for path in files[:FLAGS.pictures]]
+    return [SourceExample(path.stem, (SourcePicture(path.read_bytes),)) for path in files[:FLAGS.pictures]]
   rng, examples = np.random.default_rng(0), []
   for k in range(FLAGS.pictures):
     noise = Image.fromarray(rng.integers(0, 255, (24, 24, 3), np.uint8))
     data = to_jpeg(noise.resize(COCO_SIZES[k % len(COCO_SIZES)], Image.Resampling.BICUBIC))
-    examples.append(SourceExample(str(k), lambda data=data: data))
+    examples.append(SourceExample(str(k), (SourcePicture(io.BytesIO(data).getvalue),)))
   return examples
 
 
@@ -170,22 +172,23 @@ def run(refiner: Best, examples: Sequence[SourceExample], window: int) -> tuple[
              "cpu_seconds_per_image": processor / len(records)}
   figures |= {f"{stage}_seconds": refiner.seconds[stage] / len(records) for stage in STAGES}
   figures["other_seconds"] = figures["seconds_per_image"] - sum(refiner.seconds.values()) / len(records)
-  return records, figures | {"boxes_per_image": sum(len(record.tags) for record in records) / len(records)}
+  return records, figures | {"boxes_per_image": sum(len(record.picture.tags) for record in records) / len(records)}
 
 
 def greatest_difference(ours: Sequence[Record], theirs: Sequence[Record]) -> float:
   """Of boxes, scores and features; the sets of tags must be the same."""
   greatest = 0.0
   for left, right in zip(ours, theirs, strict=True):
-    assert left.tags == right.tags, f"{left.id}: the two sides do not find the same objects"
+    assert left.picture.tags == right.picture.tags, f"{left.id}: the two sides do not find the same objects"
     for name in ("boxes", "scores", "detection_features", "mask_features"):
-      greatest = max(greatest, float(np.abs(getattr(left, name) - getattr(right, name)).max(initial=0)))
+      difference = np.abs(getattr(left.picture, name) - getattr(right.picture, name))
+      greatest = max(greatest, float(difference.max(initial=0)))
   return greatest
 
 
 def record_sizes(records: Sequence[Record]) -> dict[str, dict]:
   """Bytes per image of each way to store features, of the features and of the whole record, and shares of float32."""
-  single = np.mean([sum(getattr(record, name).nbytes for name in (
+  single = np.mean([sum(getattr(record.picture, name).nbytes for name in (
       "detection_features", "detection_boxes", "mask_features")) for record in records])
   sizes = {"float32": {"features": float(single)}}
   for dtype, top_k in STORAGE:
@@ -216,9 +219,9 @@ def main(_):
   single = SamHQSegmenter(segmenter.encoder, segmenter.decoder, segmenter.prepare.side,
                           dataclasses.replace(segmenter.settings, batch=1, box_batch=1), compute)
   examples = make_examples()
-  first = pipeline.read(examples[0], ImageSettings(max_side=640))
-  assert isinstance(first, pipeline.StoredPicture), f"{examples[0].id} cannot be read"
-  set_thresholds(networks, Picture(first.image))
+  found = pipeline.read(examples[0], ImageSettings(max_side=640))
+  assert isinstance(found, tuple), f"{examples[0].id} cannot be read"
+  set_thresholds(networks, UprightPicture(found[0].image))
 
   models = NeuralModels(*networks)
   chains = {"ours": (Best(models.tagger, models.detector, models.segmenter, compute.torch_device), FLAGS.window),

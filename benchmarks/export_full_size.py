@@ -8,6 +8,7 @@ commands that a person would type. Prints, as one JSON object on the last line, 
 the export's greatest memory.
 """
 
+import itertools
 import json
 import pathlib
 import resource
@@ -24,9 +25,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import random_refiner  # noqa: E402
-from refiner_export.export.images import open_upright  # noqa: E402
+from refiner_export.common.images import open_upright  # noqa: E402
 from refiner_export.records.reader import RecordDirectory  # noqa: E402
-from refiner_export.refiners.base import Picture, Tags  # noqa: E402
+from refiner_export.refiners.base import Tags, UprightPicture  # noqa: E402
 from refiner_export.refiners.compute import Compute  # noqa: E402
 from refiner_export.refiners.grounding_dino.detector import GroundingDino  # noqa: E402
 from refiner_export.refiners.ram_plus.tagger import RamPlus  # noqa: E402
@@ -47,7 +48,9 @@ def choose_thresholds(work: pathlib.Path, coco: Coco, sizes: random_refiner.Size
 
   Each possible tag is in half of the first pictures, and the first picture with the surest boxes has `--objects` boxes.
   """
-  pictures = [Picture(open_upright(example.read_image(), example.id)) for example in coco.examples()[:2]]
+  pictures = []
+  for example in itertools.islice(coco.examples(), 2):
+    pictures.append(UprightPicture(open_upright(example.pictures[0].read(), example.id)))
   names = random_refiner.tag_names(sizes.ram_plus.tags)
   (work / "thresholds.txt").write_text("0\n" * len(names))
   files = (str(work / name) for name in ("ram_plus.pth", "tags.txt", "thresholds.txt"))
@@ -103,8 +106,8 @@ def run(coco: Coco, work: pathlib.Path) -> dict:
   *_, last = (work / "align" / "metrics.jsonl").read_text().splitlines()
   return {
       "records": len(found), "skipped": directory.manifest.skipped, "refiner": directory.manifest.fingerprint,
-      "detection_features": sorted({record.detection_features.shape for record in found}),
-      "boxes_per_image": [len(record.tags) for record in found],
+      "detection_features": sorted({record.picture.detection_features.shape for record in found}),
+      "boxes_per_image": [len(record.picture.tags) for record in found],
       "bytes_per_record": sum(shard.bytes for shard in directory.manifest.shards) // len(found),
       "export_seconds": export_seconds, "export_peak_gb": peak, "train_seconds": train_seconds,
       "last_step": json.loads(last)}

@@ -1,4 +1,4 @@
-"""The paper's refiner over COCO: RAM++ (Swin-L), Grounding-DINO-T and SAM-HQ (ViT-H), with their published thresholds.
+"""The paper's refiner over COCO: RAM++ (Swin-L), Grounding-DINO-T and SAM-HQ (ViT-H), with published thresholds.
 
 Put the files where the fields below say, or say where they are: `--config.refiner.tagger.checkpoint=...`.
 """

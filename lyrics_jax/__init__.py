@@ -1,1 +1,1 @@
-"""Trains Lyrics vision-language models: MQ-Former alignment and instruction tuning, in Flax NNX, sharded over TPU pods."""
+"""Lyrics (arXiv 2312.05278) and its relatives in JAX: alignment and instruction tuning over records of refiner_export."""

@@ -1,1 +1,1 @@
-"""From records to batches: text, pictures, augmentation and reading. NumPy and Grain only, no JAX."""
+"""From records to batches: pictures, texts, augmentation and reading. This package imports NumPy and Grain, not JAX."""

@@ -3,13 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 
-from refiner_export.records.record import Record, RecordError
 from refiner_export.common.settings import UserError
+from refiner_export.records.record import Record, RecordError
 
 
 @contextlib.contextmanager
 def about(record: Record) -> Iterator[None]:
-  """Turns a `UserError` raised while the example of `record` is made into a `RecordError` that says which record."""
+  """Turns a `UserError` that is raised inside into a `RecordError` that names the record."""
   try:
     yield
   except UserError as error:

@@ -1,9 +1,10 @@
-"""Token ids of the MQ-Former's two texts: the spatial representation and the caption or instruction."""
+"""Token ids of the MQ-Former's two texts: the spatial representation, and the caption or instruction."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from lyrics_jax.data.padding import pad_ids
 from lyrics_jax.data.spatial import format_box
 from lyrics_jax.data.tokenizers import MQFormerTokenizer
 
@@ -15,7 +16,7 @@ def encode_objects(tokenizer: MQFormerTokenizer, objects: Sequence[tuple[str, np
   """`[BOS]` and as many whole objects as fit in `length`, in the given order.
 
   Returns:
-    ids, and for each the index of the object whose tag or box it spells; `OUTSIDE` for `[BOS]` and the markers.
+    The ids, and for each id the index of the object whose tag or box it spells. `[BOS]` and the markers have `OUTSIDE`.
   """
   open_object, close_object, open_tag, close_tag, open_box, close_box = tokenizer.spatial
   ids, owners = [tokenizer.bos], [OUTSIDE]
@@ -29,20 +30,11 @@ def encode_objects(tokenizer: MQFormerTokenizer, objects: Sequence[tuple[str, np
   return ids, owners
 
 
-def mask_objects(owners: Sequence[int], probability: float, rng: np.random.Generator) -> np.ndarray:
-  """bool (n,), True at the tokens to predict: the whole tag and box of each object drawn with `probability`.
-
-  At least one object is drawn when there is any, so that every example teaches something. The markers stay visible:
-  they tell the layout.
-  """
-  owners = np.asarray(owners)
-  count = owners.max() + 1
-  drawn = rng.random(count) < probability
-  if count and not drawn.any():
-    drawn[rng.integers(count)] = True
-  return np.isin(owners, np.flatnonzero(drawn))
-
-
 def encode_sentence(tokenizer: MQFormerTokenizer, text: str, length: int) -> list[int]:
   """`[CLS]` text `[SEP]`, the text cut to fit in `length`."""
   return [tokenizer.cls, *tokenizer.encode(text)[:length - 2], tokenizer.sep]
+
+
+def padded_sentence(tokenizer: MQFormerTokenizer, text: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+  """`encode_sentence` as int32 (length,), and bool (length,), True at the tokens."""
+  return pad_ids(encode_sentence(tokenizer, text, length), length, tokenizer.pad)

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def pad_ids(ids: Sequence[int], length: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
-  """int32 (length,) with `fill` after the ids, and bool (length,), True at the ids. At most `length` ids are given."""
+  """int32 (length,) with `fill` after the ids, and bool (length,), True at the ids. There are at most `length` ids."""
   padded, mask = np.full(length, fill, np.int32), np.arange(length) < len(ids)
   padded[:len(ids)] = ids
   return padded, mask

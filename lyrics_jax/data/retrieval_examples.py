@@ -1,43 +1,48 @@
 """What retrieval sees of a record: its picture as a whole, and each of its captions as a text."""
 
-import dataclasses
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from lyrics_jax.config import Config
+from lyrics_jax.data.batch import Batch, Dimensions, Fields
 from lyrics_jax.data.errors import about
-from lyrics_jax.data.images import View
-from lyrics_jax.data.mq_former_text import encode_objects, encode_sentence
-from lyrics_jax.data.padding import pad_ids
-from lyrics_jax.data.tokenizers import MQFormerTokenizer
-from lyrics_jax.data.visual import objects_in_view, visual_inputs
-from refiner_export.records.record import Record
+from lyrics_jax.data.pairs import PairExamples, only_picture
+from lyrics_jax.data.tokenizers import load_tokenizers
 from refiner_export.common.settings import require
+from refiner_export.records.record import Record
+
+if TYPE_CHECKING:
+  from lyrics_jax.data.settings import DataSettings
 
 
-@dataclasses.dataclass(frozen=True)
 class RetrievalExamples:
-  """Makes pictures and texts of records; both as `align_examples` makes them without augmentation."""
-  config: Config
-  tokenizer: MQFormerTokenizer
+  """Makes pictures and texts of records, as `PairExamples` makes both without augmentation.
 
-  def picture(self, record: Record) -> dict[str, np.ndarray]:
-    """image, detection, detection_mask, masks, masks_mask: see `visual.visual_inputs`."""
+  Args:
+    fields: those that the stage reads; they include `spatial_ids` and `caption_ids`.
+  """
+
+  def __init__(self, data: "DataSettings", fields: Fields, dimensions: Dimensions):
+    tokenizer = load_tokenizers(data, fields, dimensions).former
+    self._pairs = PairExamples(data, fields, dimensions, (), tokenizer)
+
+  def picture(self, record: Record) -> Batch:
+    """The visual fields of the record's only picture, with a pictures axis of 1, see `PictureInputs.arrays`."""
     with about(record):
-      return visual_inputs(record, View(), self.config.model)
+      picture = only_picture(record)
+      arrays = self._pairs.pictures.arrays(picture, self._pairs.pictures.whole(picture))
+    return {name: value[None] for name, value in arrays.items()}
 
-  def texts(self, record: Record) -> list[dict[str, np.ndarray]]:
-    """One text per caption; a record without captions is a `RecordError`.
+  def texts(self, record: Record) -> list[Batch]:
+    """One text for each caption; a record without captions is a `RecordError`.
 
-    Each has spatial_ids int32 (Ls,), caption_ids int32 (Lc,) and their spatial_mask and caption_mask, bool; Ls, Lc =
-    config.data.spatial_length and caption_length.
+    Returns, with Ls and Lc = spatial and caption length:
+      spatial_ids: int32 (1, Ls), spatial_mask: bool (1, Ls), caption_ids: int32 (Lc,), caption_mask: bool (Lc,).
     """
-    data, tokenizer = self.config.data, self.tokenizer
     with about(record):
+      picture = only_picture(record)
       require(bool(record.captions), "it has no caption to be found by: export with captions")
-    objects, _ = encode_objects(tokenizer, objects_in_view(record, View(), self.config.model), data.coordinates, data.spatial_length)
-    spatial_ids, spatial_mask = pad_ids(objects, data.spatial_length, tokenizer.pad)
-    captions = [pad_ids(encode_sentence(tokenizer, caption, data.caption_length), data.caption_length, tokenizer.pad)
-                for caption in record.captions]
-    return [{"spatial_ids": spatial_ids, "spatial_mask": spatial_mask, "caption_ids": ids, "caption_mask": mask}
-            for ids, mask in captions]
+    view, texts = self._pairs.pictures.whole(picture), []
+    for caption in record.captions:
+      pair = self._pairs.encode(picture, view, caption)
+      texts.append({"spatial_ids": pair.spatial_ids[None], "spatial_mask": pair.spatial_mask[None],
+                    "caption_ids": pair.caption_ids, "caption_mask": pair.caption_mask})
+    return texts

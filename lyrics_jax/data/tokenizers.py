@@ -1,23 +1,28 @@
 """The two tokenizers: BERT-style WordPiece for the MQ-Former, LLaMA-style for the language model.
 
-Both are read from a local directory by Hugging Face's `AutoTokenizer`; only the Rust tokenizer underneath is kept,
-because it is fast, safe to share between reading threads and adds nothing by itself.
+Hugging Face's `AutoTokenizer` reads both from a local directory. Only its Rust tokenizer is kept: it is fast, reading
+threads can share it, and it adds no token by itself.
 """
 
 import dataclasses
 import functools
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import tokenizers
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing, which training does not use
 import transformers
 
+from lyrics_jax.data.batch import Dimensions, Fields, uses_vocabulary
 from lyrics_jax.data.spatial import SPECIAL_TOKENS
 from refiner_export.common.settings import UserError, require
 
-# [DEC] comes first: appended to BERT's vocabulary it gets the id that it has in BLIP-2's checkpoint.
+if TYPE_CHECKING:
+  from lyrics_jax.data.settings import DataSettings
+
+# [DEC] comes first, so that behind BERT's vocabulary it gets the id that it has in BLIP-2's checkpoint.
 MQ_FORMER_ADDED = ("[DEC]", "[BOS]", "[MLM]", *SPECIAL_TOKENS)
 
 _BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -51,7 +56,7 @@ class MQFormerTokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class LLMTokenizer:
-  """Text and ids of the language model. `pad` is the unknown token: padding is masked everywhere, so any id serves."""
+  """Text and ids of the language model. `pad` is the unknown token; any id would do, because padding is masked."""
   backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
   bos: int
   eos: int
@@ -61,12 +66,32 @@ class LLMTokenizer:
     return self.backend.get_vocab_size(with_added_tokens=True)
 
   def encode(self, text: str) -> list[int]:
-    """Ids of the text alone, without `<s>` and `</s>`; a text starts a new word, as LLaMA's tokenizer has it."""
+    """Ids of the text alone, without `<s>` and `</s>`. A text starts a new word, as in LLaMA's tokenizer."""
     return self.backend.encode(text, add_special_tokens=False).ids
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text without `<s>`, `</s>` and `<unk>`; the tokens of the spatial representation stay."""
     return self.backend.decode(list(ids), skip_special_tokens=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizers:
+  """The tokenizers of a run; None where no field of a batch needs it."""
+  former: MQFormerTokenizer | None
+  llm: LLMTokenizer | None
+
+
+def load_tokenizers(data: "DataSettings", fields: Fields, dimensions: Dimensions) -> Tokenizers:
+  """Reads the tokenizers that the fields need. Raises `UserError` when a tokenizer is missing or too large."""
+  data.require_tokenizers(fields)
+  former = llm = None
+  if uses_vocabulary(fields, "former_vocabulary"):
+    former = load_mq_former_tokenizer(data.mq_former_tokenizer)
+    require_vocabulary(former, dimensions.former_vocabulary, "config.stage.model.connector.former.vocab_size")
+  if uses_vocabulary(fields, "llm_vocabulary"):
+    llm = load_llm_tokenizer(data.llm_tokenizer)
+    require_vocabulary(llm, dimensions.llm_vocabulary, "config.stage.model.llm.vocab_size")
+  return Tokenizers(former, llm)
 
 
 @functools.lru_cache(maxsize=4)
@@ -78,11 +103,12 @@ def load_mq_former_tokenizer(directory: str) -> MQFormerTokenizer:
   backend = _load(directory, "MQ-Former tokenizer")
   backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in MQ_FORMER_ADDED])
   ids = {token: backend.token_to_id(token) for token in (*_BERT_TOKENS, *MQ_FORMER_ADDED)}
-  missing = ", ".join(token for token, index in ids.items() if index is None)
-  require(not missing, f"MQ-Former tokenizer in {directory} is not BERT-style: it has no {missing}; {_REMEDY}")
+  missing = [token for token, index in ids.items() if index is None]
+  require(not missing,
+          f"MQ-Former tokenizer in {directory} is not BERT-style: it has no {', '.join(missing)}; {_REMEDY}")
   return MQFormerTokenizer(backend, pad=ids["[PAD]"], cls=ids["[CLS]"], sep=ids["[SEP]"], mask=ids["[MASK]"],
                            bos=ids["[BOS]"], dec=ids["[DEC]"], mlm=ids["[MLM]"],
-                           spatial=tuple(ids[token] for token in SPECIAL_TOKENS))
+                           spatial=tuple(map(ids.get, SPECIAL_TOKENS)))
 
 
 @functools.lru_cache(maxsize=4)
@@ -92,7 +118,7 @@ def load_llm_tokenizer(directory: str) -> LLMTokenizer:
   Raises `UserError` when the directory or the tokenizer in it is missing, or is not LLaMA-style.
   """
   backend = _load(directory, "language model tokenizer")
-  bos, eos, unknown = (backend.token_to_id(token) for token in ("<s>", "</s>", "<unk>"))
+  bos, eos, unknown = backend.token_to_id("<s>"), backend.token_to_id("</s>"), backend.token_to_id("<unk>")
   require(bos is not None and eos is not None,
           f"language model tokenizer in {directory} is not LLaMA-style: it has no <s> or no </s>; {_REMEDY}")
   return LLMTokenizer(backend, bos=bos, eos=eos, pad=eos if unknown is None else unknown)

@@ -1,9 +1,7 @@
-"""Trains two small tokenizers on the texts of a record directory, for runs too small for BERT's and LLaMA's own.
+"""Trains two small tokenizers on the texts of a record directory, for runs too small for BERT's and LLaMA's vocabulary.
 
-  python -m lyrics_jax.data.train_tokenizers --records=DIR --output=DIR
-
-writes `DIR/mq_former` (lower-case WordPiece) and `DIR/llm` (LLaMA-style BPE with byte fallback); both load with Hugging
-Face's `AutoTokenizer`. Every digit is a token of its own in both, so that coordinates need ten of them.
+Writes `mq_former` (lower-case WordPiece) and `llm` (LLaMA-style BPE with byte fallback) into the output directory. Both
+load with Hugging Face's `AutoTokenizer`. In both every digit is one token, so that coordinates need ten tokens.
 """
 
 import json
@@ -11,42 +9,55 @@ import os
 import shutil
 import string
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import tokenizers
 import transformers
-from absl import flags
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from lyrics_jax.config import InstructConfig
-from lyrics_jax.data.instructions import instructions
-from lyrics_jax.data.spatial import SPECIAL_TOKENS, fill_boxes, format_object
+from lyrics_jax.data.spatial import SPECIAL_TOKENS, fill_boxes, format_object, without_pictures
+from lyrics_jax.data.templates import VICUNA_SYSTEM
 from lyrics_jax.data.tokenizers import MQ_FORMER_ADDED
+from lyrics_jax.tasks import TASKS, Task
+from refiner_export.common.command import Command, Flag
+from refiner_export.common.settings import require
 from refiner_export.records.reader import RecordDirectory
-from refiner_export.records.record import USER, Record
-from refiner_export.common.settings import require, run
+from refiner_export.records.record import USER, Conversation, Record, conversation_items
 
-VOCAB_SIZE = 1000  # upper bound of either vocabulary, added tokens included
+VOCAB_SIZE = 1000  # most tokens of either vocabulary, added tokens included
 
 _ALPHABET = sorted(string.ascii_letters + string.digits + string.punctuation)
-_LETTERS = 200  # distinct characters kept from the texts; the rest are [UNK], or bytes for the language model
+_LETTERS = 200  # distinct characters kept from the texts; any other is [UNK], or bytes for the language model
 _BYTES = [f"<0x{value:02X}>" for value in range(256)]
 _WORD_START = "▁"
 
 
-def record_texts(records: Iterable[Record]) -> Iterator[str]:
-  """What training will see, about as often: captions, objects, conversations with every template of their family."""
+def record_texts(records: Iterable[Record], tasks: Sequence[Task] = TASKS) -> Iterator[str]:
+  """What training will see, about as often: captions, objects, conversations with every template of their task."""
   for record in records:
     yield from record.captions
     for coordinates in ("decimal", "integer"):
-      yield from (format_object(tag, box, coordinates) for tag, box in zip(record.tags, record.boxes))
-      for conversation in record.conversations:
-        yield f"{InstructConfig().system_message} USER:"
-        for turn in conversation.turns:
-          texts = [turn.text]
-          if turn.role == USER:
-            texts = [f"{text} ASSISTANT:" for text in instructions(conversation.task, turn.text)]
-          yield from (fill_boxes(text, record.text_boxes, coordinates) for text in texts)
+      for picture in record.pictures:
+        for tag, box in zip(picture.tags, picture.boxes):
+          yield format_object(tag, box, coordinates)
+      boxes = [picture.text_boxes for picture in record.pictures]
+      for conversation in conversation_items(record):
+        yield f"{VICUNA_SYSTEM} USER:"
+        for text in _said(conversation, tasks):
+          yield fill_boxes(text, boxes, coordinates)
+
+
+def _said(conversation: Conversation, tasks: Sequence[Task]) -> Iterator[str]:
+  """The turns of a conversation, a question in every template; bare for a task that is not among `tasks`."""
+  known = {task.name: task for task in tasks}
+  task = known.get(conversation.task, Task(name=conversation.task))
+  for turn in conversation.turns:
+    text = without_pictures(turn.text)
+    if turn.role == USER:
+      for instruction in task.instructions(text):
+        yield f"{instruction} ASSISTANT:"
+    else:
+      yield text
 
 
 def train_mq_former(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> transformers.PreTrainedTokenizerFast:
@@ -80,8 +91,8 @@ def train_llm(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> transformer
       vocab_size=vocab_size - len(SPECIAL_TOKENS), limit_alphabet=_LETTERS, show_progress=False,
       initial_alphabet=[_WORD_START, "\n", *_ALPHABET],
       special_tokens=["<unk>", "<s>", "</s>", *_BYTES])
-  tokenizer.train_from_iterator((_without_markers(text) for text in texts), trainer)
-  # The trainer reserves ids only for special tokens, but bytes are ordinary pieces: decoding must not skip them.
+  tokenizer.train_from_iterator(map(_without_markers, texts), trainer)
+  # The trainer reserves ids only for special tokens, so bytes were given as special. Decoding must not skip them.
   layout = json.loads(tokenizer.to_str())
   layout["added_tokens"] = [token for token in layout["added_tokens"] if token["content"] not in _BYTES]
   tokenizer = tokenizers.Tokenizer.from_str(json.dumps(layout))
@@ -94,7 +105,7 @@ def train_llm(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> transformer
 
 
 def write_tokenizers(texts: Iterable[str], output: str) -> None:
-  """Trains both and writes them to `output/mq_former` and `output/llm`, all or nothing.
+  """Trains both tokenizers and writes them to `output/mq_former` and `output/llm`, all or nothing.
 
   Raises `UserError` when `output` exists.
   """
@@ -112,12 +123,9 @@ def write_tokenizers(texts: Iterable[str], output: str) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def main() -> None:
-  records, output = flags.FLAGS.records, flags.FLAGS.output
-  require(bool(records), "--records is required: name a directory that refiner_export wrote")
-  require(bool(output), "--output is required: name a directory for the two tokenizers")
+def train_tokenizers(records: str, output: str) -> None:
   directory = RecordDirectory(records)
-  write_tokenizers(record_texts(directory[index] for index in range(len(directory))), output)
+  write_tokenizers(record_texts(map(directory.__getitem__, range(len(directory)))), output)
   print(f"wrote {output}/mq_former and {output}/llm")
 
 
@@ -127,7 +135,16 @@ def _without_markers(text: str) -> str:
   return text
 
 
+COMMAND = Command(
+    name="lyrics_jax.data.train_tokenizers",
+    about=__doc__,
+    main=train_tokenizers,
+    flags=(
+        Flag("records", "directory of records that refiner_export wrote", metavar="DIR", required=True),
+        Flag("output", "directory to write the two tokenizers to", metavar="DIR", required=True),
+    ),
+    examples=("python -m lyrics_jax.data.train_tokenizers --records=runs/records --output=runs/tokenizers",),
+)
+
 if __name__ == "__main__":
-  flags.DEFINE_string("records", None, "directory of records that refiner_export wrote")
-  flags.DEFINE_string("output", None, "directory to write the two tokenizers to")
-  run(main)
+  COMMAND.run()

@@ -1,1 +1,1 @@
-"""The networks of Lyrics in Flax NNX, one idea per file. Shapes: B batch, T tokens, D width, H heads, d width per head."""
+"""Modules that compute: layers, image encoders, language models, connectors, and the two models made of them."""

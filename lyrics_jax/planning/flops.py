@@ -1,9 +1,11 @@
 """Floating point operations of a training step, counted in the traced function: matrix products and convolutions.
 
-What a step needs, not what a program computes: nothing is recomputed (`remat` none, logits in one piece). So a frozen
-parameter through which gradients flow costs 4 per token (forward, and the gradient of its input), a trained one 6, the frozen
-image encoder, behind which nothing is trained, 2. Attention counts its whole square, as is the custom (Chowdhery et al. 2022, appendix B),
-with one of its seven products computed twice, as the formulas of flash attention ask; that is under 1 % of a step of stage 2.
+The count is what a step needs, not what a program computes: nothing is recomputed (`remat` none, logits in
+one piece). A frozen parameter through which gradients flow costs 4 FLOPs per token: 2 forward, and 2 for the
+gradient of its input. A trained parameter costs 6. The frozen image encoder costs 2, because nothing before
+it is trained. Attention counts its whole square, as is the custom (Chowdhery et al. 2022, appendix B), with
+one of its seven products computed twice, as the formulas of flash attention ask; the second computation is
+under 1 % of a step with a language model.
 """
 
 import dataclasses
@@ -13,28 +15,43 @@ import jax
 from jax.extend import core
 
 from lyrics_jax.config import Config
-from lyrics_jax.stages import make_stage
-from lyrics_jax.training.parameters import ParameterPlan
+from lyrics_jax.objectives.next_token import NextToken
+from lyrics_jax.training.parameters import ModelParameters
 
 
 def model_flops(config: Config) -> int:
-  """Of one update of the whole global batch with texts of full length."""
-  stage = make_stage(dataclasses.replace(
-      config, model=dataclasses.replace(config.model, remat="none", attention="xla"),
-      instruct=dataclasses.replace(config.instruct, loss_chunk=config.data.llm_length)))
-  plan = ParameterPlan.of(stage)
-  trained, frozen = ({path: plan.shapes[path] for path in plan.paths(trained)} for trained in (True, False))
+  """FLOPs of one update over the whole global batch, with texts of full length."""
+  config = _without_recomputation(config)
+  parameters = ModelParameters.of(config)
+  trained, frozen = parameters.split(parameters.memory)
   microbatches = config.optimizer.accumulate_steps
-  batch = {name: jax.ShapeDtypeStruct((spec.shape[0] // microbatches, *spec.shape[1:]), spec.dtype)
-           for name, spec in stage.batch_spec().items()}
-  gradient = jax.grad(lambda trained, frozen, batch, key: stage.loss(plan.model(trained, frozen), batch, key).value)
-  return microbatches * count_flops(gradient, trained, frozen, batch, jax.eval_shape(lambda: jax.random.key(0)))
+  batch = {}
+  for name, spec in config.batch_spec().items():
+    batch[name] = jax.ShapeDtypeStruct((config.microbatch, *spec.shape[1:]), spec.dtype)
+
+  def loss(trained, frozen, batch, key):
+    return config.stage.loss(parameters.model(trained, frozen), batch, key).value
+
+  key = jax.eval_shape(jax.random.key, 0)
+  return microbatches * count_flops(jax.grad(loss), trained, frozen, batch, key)
+
+
+def _without_recomputation(config: Config) -> Config:
+  objectives = []
+  for objective in config.stage.objectives:
+    if isinstance(objective, NextToken):
+      objective = dataclasses.replace(objective, chunk=config.data.llm_length)
+    objectives.append(objective)
+  return dataclasses.replace(
+      config, stage=dataclasses.replace(config.stage, objectives=tuple(objectives)),
+      compute=dataclasses.replace(config.compute, remat="none", attention="xla"))
 
 
 def count_flops(function, *arguments) -> int:
-  """FLOPs of `function(*arguments)`, arguments may be abstract: two per multiply-add, a loop with its length.
+  """FLOPs of a call; its arguments may be abstract. A multiply-add counts two, a loop as often as it runs.
 
-  Raises `NotImplementedError` for a matrix product in a loop of unknown length.
+  Raises:
+    NotImplementedError: there is a matrix product in a loop of unknown length.
   """
   return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
@@ -52,16 +69,24 @@ def _of_equation(equation) -> int:
   if name == "conv_general_dilated":
     kernel, layout = equation.invars[1].aval.shape, parameters["dimension_numbers"].rhs_spec
     return 2 * math.prod(kernel) // kernel[layout[0]] * math.prod(equation.outvars[0].aval.shape)
-  inner = [_of_jaxpr(jaxpr) for value in parameters.values() for jaxpr in _jaxprs(value)]
+  inner = []
+  for value in parameters.values():
+    inner += map(_of_jaxpr, _jaxprs(value))
   if name == "while" and sum(inner):
     raise NotImplementedError("a matrix product in a loop of unknown length")
-  return max(inner, default=0) if name == "cond" else sum(inner) * (parameters["length"] if name == "scan" else 1)
+  if name == "cond":
+    return max(inner, default=0)
+  return sum(inner) * (parameters["length"] if name == "scan" else 1)
 
 
 def _jaxprs(value) -> list[core.Jaxpr]:
-  """The jaxprs in a parameter of an equation, which holds one, several or none."""
+  """The jaxprs in a parameter of an equation. A parameter holds one, several or none."""
   if isinstance(value, core.ClosedJaxpr):
     return [value.jaxpr]
   if isinstance(value, core.Jaxpr):
     return [value]
-  return [jaxpr for part in value for jaxpr in _jaxprs(part)] if isinstance(value, (tuple, list)) else []
+  found = []
+  if isinstance(value, (tuple, list)):
+    for part in value:
+      found += _jaxprs(part)
+  return found

@@ -4,11 +4,13 @@ from transformers import CLIPVisionConfig, LlamaConfig, PretrainedConfig
 
 
 class LyricsMQFormerConfig(PretrainedConfig):
-  """Multi-scale Querying Transformer (section 3.2 of the paper); the defaults are its published size.
+  """Multi-scale Querying Transformer (section 3.1 of the paper); the defaults are its published size.
 
-  Layers 0, f, 2f, ... have cross-attention, f = `cross_attention_frequency`. With `restart_positions` the positions of
-  the caption or instruction begin at 0 again after the spatial representation. `itc_width` is the width of the features
-  that image and text are compared by.
+  Args:
+    cross_attention_frequency: f where layers 0, f, 2f, ... have cross-attention.
+    restart_positions: whether the positions of the caption or instruction begin at 0 again after the spatial
+      representation.
+    itc_width: the width of the features by which image and text are compared.
   """
   model_type = "lyrics_mq_former"
   base_config_key = "mq_former_config"
@@ -35,16 +37,17 @@ class LyricsMQFormerConfig(PretrainedConfig):
 
 
 class LyricsConfig(PretrainedConfig):
-  """Of `LyricsForConditionalGeneration`.
+  """The configuration of `LyricsForConditionalGeneration`.
 
   Args:
     vision_config, mq_former_config, text_config: of image encoder, MQ-Former and LLaMA; objects or dictionaries.
     vision_kind: "clip", or "eva" for EVA-CLIP as in BLIP-2: no norm before the first block, a bias on the patches.
-    feature_width: of the refiner's features; a local token is a feature and its box, `feature_width + 4` wide.
-    instruction_aware, spatial_to_mq_former: whether the MQ-Former reads the instruction, the spatial representation.
-    language_model_apart: the weights lie here without LLaMA's; it is given to the model by its user, together with
-      the adapter in `adapter/`.
-    itc_pooling: "mean", a picture is compared by its pooled queries; "max", by its most similar query.
+    feature_width: of the refiner's features. A local token is a feature and its box, `feature_width + 4` wide.
+    instruction_aware, spatial_to_mq_former: whether the MQ-Former reads the instruction, and the spatial
+    representation. language_model_apart: whether LLaMA's weights are missing here. The user then gives a LLaMA to the
+    model, with the
+      adapter in `adapter/`.
+    itc_pooling: "mean" compares a picture by its pooled queries, "max" by its most similar query.
   """
   model_type = "lyrics"
   sub_configs = {"vision_config": CLIPVisionConfig, "mq_former_config": LyricsMQFormerConfig,
@@ -53,10 +56,9 @@ class LyricsConfig(PretrainedConfig):
   def __init__(self, vision_config=None, mq_former_config=None, text_config=None, vision_kind="clip", feature_width=256,
                instruction_aware=True, spatial_to_mq_former=True, language_model_apart=False, itc_pooling="mean",
                **kwargs):
-    make = lambda kind, given: kind(**given) if isinstance(given, dict) else given
-    self.vision_config = make(CLIPVisionConfig, vision_config or {})
-    self.mq_former_config = make(LyricsMQFormerConfig, mq_former_config or {})
-    self.text_config = make(LlamaConfig, text_config or {}) if "text_config" in self.sub_configs else None
+    self.vision_config = _make(CLIPVisionConfig, vision_config)
+    self.mq_former_config = _make(LyricsMQFormerConfig, mq_former_config)
+    self.text_config = _make(LlamaConfig, text_config) if "text_config" in self.sub_configs else None
     self.vision_kind = vision_kind
     self.feature_width = feature_width
     self.instruction_aware = instruction_aware
@@ -67,9 +69,15 @@ class LyricsConfig(PretrainedConfig):
 
 
 class LyricsAlignmentConfig(LyricsConfig):
-  """Of `LyricsForAlignment`: the same without a language model."""
+  """The configuration of `LyricsForAlignment`: the same without a language model."""
   model_type = "lyrics_alignment"
   sub_configs = {"vision_config": CLIPVisionConfig, "mq_former_config": LyricsMQFormerConfig}
 
-  def __init__(self, **kwargs):  # transformers 5 would make one of its own
+  def __init__(self, **kwargs):  # transformers 5 would write another `__init__` here
     super().__init__(**kwargs)
+
+
+def _make(kind: type, given: PretrainedConfig | dict | None) -> PretrainedConfig:
+  if given is None or isinstance(given, dict):
+    return kind(**(given or {}))
+  return given

@@ -1,13 +1,14 @@
 """Pictures, what the visual refiner found in them, and texts, as the tensors that the Lyrics models read.
 
-The tokens and pixels are those of training, for a picture seen whole. Two tokenizers are at work: LLaMA's for
-conversations and a BERT-style one for the MQ-Former. The template of a conversation is Vicuna v1.1's, its pieces
-tokenised one by one:
+The tokens and pixels are those of training, for a picture seen whole. There are two tokenizers: LLaMA's for
+conversations and a BERT-style one for the MQ-Former. The template of a conversation is Vicuna v1.1's, and its pieces
+are tokenised one by one:
 
   {system} USER: <image>\\n{objects}\\n{question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>
 """
 
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -19,35 +20,36 @@ import numpy as np
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
-VISIBLE_SHARE = 0.3  # a box of which less than this share lies in the picture is left out
+VISIBLE_SHARE = 0.3  # a box with less than this share of its area in the picture is left out
 Object = tuple[str, np.ndarray]  # tag and box, (4,) xyxy in [0, 1]
 IGNORED = -100  # label of a token that is not trained
 NO_SLOT = -1  # image_slot of a token that is text
 
 _NOT_SETTINGS = ("processor_class", "auto_map", "chat_template")  # what else processor_config.json may hold
 _MARKERS = ("<br>", "</br>", "<T>", "</T>", "<Bbox>", "</Box>")  # of the spatial representation
-_PLACEHOLDER = re.compile(r"<box (\d+)>")
+_PLACEHOLDER = re.compile(r"<box (?:0\.)?(\d+)>")  # a text of a record may number the picture too
 _NUMBER = r"\s*(\d+\.\d*|\.\d+|\d+)\s*"
 _CORNERS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)")
 
 
-def _no(width: int):
-  """A field without rows."""
-  return dataclasses.field(default_factory=lambda: np.zeros((0, width), np.float32))
+def _no_rows(width: int):
+  """A field of a dataclass that has no rows unless it is given."""
+  return dataclasses.field(default_factory=functools.partial(np.zeros, (0, width), np.float32))
 
 
 @dataclasses.dataclass
 class RefinerFeatures:
   """What the visual refiner found in one picture: K objects, N detector rows, W features wide; float32 arrays.
 
-  Any object with these attributes will do, such as a record of `refiner_export`, whose `image` is then the picture.
+  Any object with these attributes will do, such as a picture of a record of `refiner_export`. If it has an `image`,
+  this is the picture.
   """
   tags: Sequence[str] = ()                    # K, lower case
-  boxes: np.ndarray = _no(4)                  # (K, 4) xyxy in [0, 1] of the picture, best score first
-  mask_features: np.ndarray = _no(256)        # (K, W), of the segmenter
-  detection_features: np.ndarray = _no(256)   # (N, W), best score first
-  detection_boxes: np.ndarray = _no(4)        # (N, 4) cxcywh in [0, 1] of the picture
-  text_boxes: np.ndarray = _no(4)             # (M, 4) xyxy, what `<box K>` in a text means
+  boxes: np.ndarray = _no_rows(4)                  # (K, 4) xyxy in [0, 1] of the picture, best score first
+  mask_features: np.ndarray = _no_rows(256)        # (K, W), of the segmenter
+  detection_features: np.ndarray = _no_rows(256)   # (N, W), best score first
+  detection_boxes: np.ndarray = _no_rows(4)        # (N, 4) cxcywh in [0, 1] of the picture
+  text_boxes: np.ndarray = _no_rows(4)             # (M, 4) xyxy, what `<box K>` in a text means
 
 
 class LyricsProcessor(ProcessorMixin):
@@ -71,9 +73,10 @@ class LyricsProcessor(ProcessorMixin):
   @classmethod
   def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
     settings, kwargs = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
-    settings = {name: value for name, value in settings.items() if name not in _NOT_SETTINGS}
+    for name in _NOT_SETTINGS:
+      settings.pop(name, None)
     kwargs.pop("trust_remote_code", None)
-    load = lambda **where: PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **where, **kwargs)
+    load = functools.partial(PreTrainedTokenizerFast.from_pretrained, pretrained_model_name_or_path, **kwargs)
     return cls(load() if "llm_length" in settings else None, load(subfolder="mq_former_tokenizer"), **settings)
 
   def save_pretrained(self, save_directory, **kwargs):
@@ -101,7 +104,8 @@ class LyricsProcessor(ProcessorMixin):
       text: B texts. For a conversation a question, or a sequence of question, answer, question, ...; where the last one
         is an answer there are `labels`. For `LyricsForAlignment` a caption. May hold `<box K>`, K counting the
         `text_boxes` of `refined`.
-      refined: `RefinerFeatures` or the like, or B of them; None, also in a list, where the refiner found nothing.
+      refined: `RefinerFeatures` or a similar object, or B of them; None, also in a list, where the refiner found
+        nothing.
 
     Returns, all as tensors:
       pixel_values: float32[B, 3, S, S], CLIP's normalisation; a picture is squeezed to a square, so that its boxes keep
@@ -118,25 +122,32 @@ class LyricsProcessor(ProcessorMixin):
       raise ValueError(f"return_tensors={return_tensors!r}: the Lyrics models read PyTorch's tensors, 'pt'")
     texts = [text] if isinstance(text, str) else list(text)
     count = len(texts)
-    images, refined = (list(some) if isinstance(some, (list, tuple)) else [some] * count for some in (images, refined))
+    images, refined = _one_for_each(images, count), _one_for_each(refined, count)
     if not len(images) == len(refined) == count:
       raise ValueError(f"{count} texts, {len(images)} images and {len(refined)} refined: give one of each, or the same "
                        "one for all of them")
-    examples = [self._example(*each) for each in zip(images, texts, refined)]
-    if len({"labels" in example for example in examples}) > 1:
+    examples = list(map(self._example, images, texts, refined))
+    batch = {}
+    for name in examples[0]:
+      batch[name] = [example[name] for example in examples if name in example]
+    if any(example.keys() != batch.keys() for example in examples):
       raise ValueError("text: in a batch, all of the conversations end with a question, or all with an answer")
-    return BatchFeature({name: self._collate(name, [example[name] for example in examples]) for name in examples[0]})
+    for name, rows in batch.items():
+      batch[name] = self._collate(name, rows)
+    return BatchFeature(batch)
 
   def answers(self, generated: torch.Tensor, input_ids: torch.Tensor) -> list[str]:
     """The texts that `generate` put behind the prompts `input_ids`, [B, T]."""
-    said = self.tokenizer.batch_decode(generated[:, input_ids.shape[1]:], skip_special_tokens=True)
-    return [answer.strip() for answer in said]
+    texts = self.tokenizer.batch_decode(generated[:, input_ids.shape[1]:], skip_special_tokens=True)
+    return list(map(str.strip, texts))
 
   @staticmethod
   def boxes(answer: str) -> np.ndarray:
     """Boxes written in an answer, float32 (n, 4), xyxy in [0, 1] of the picture; malformed ones are left out."""
-    boxes = [[float(number) if "." in "".join(corners) else float(number) / 1000 for number in corners]
-             for corners in _CORNERS.findall(answer)]
+    boxes = []
+    for corners in _CORNERS.findall(answer):
+      one = 1 if "." in "".join(corners) else 1000  # whole numbers are thousandths
+      boxes.append([float(number) / one for number in corners])
     return np.clip(np.array(boxes, np.float32).reshape(-1, 4), 0, 1)
 
   def _example(self, image, text, refined) -> dict[str, np.ndarray]:
@@ -146,55 +157,63 @@ class LyricsProcessor(ProcessorMixin):
     image = getattr(found, "image", None) if image is None else image
     image = None if isinstance(image, bytes) and not image else image  # a record of text alone
     text_boxes, _ = _in_picture(found.text_boxes)
-    turns = [self._fill_boxes(turn, text_boxes) for turn in ([text] if isinstance(text, str) else text)]
-    boxes, seen = _in_picture(found.boxes)
-    detection_boxes, detected = _in_picture(_to_xyxy(found.detection_boxes))
-    objects = [(tag, box) for tag, box, visible in zip(found.tags, boxes, seen) if visible and settings["use_refiner"]]
+    turns = []
+    for turn in [text] if isinstance(text, str) else text:
+      turns.append(self._fill_boxes(turn, text_boxes))
+    boxes, boxes_seen = _in_picture(found.boxes)
+    detection_boxes, detections_seen = _in_picture(_to_xyxy(found.detection_boxes))
+    objects = []
+    for tag, box, seen in zip(found.tags, boxes, boxes_seen):
+      if seen and settings["use_refiner"]:
+        objects.append((tag, box))
     example = {"pixel_values": self._pixels(image)}
-    for name, features, corners, visible in (("detection", found.detection_features, detection_boxes, detected),
-                                             ("masks", found.mask_features, boxes, seen)):
-      example |= self._local_tokens(name, features, corners, visible & settings["use_refiner"])
+    example |= self._local_tokens("detection", found.detection_features, detection_boxes, detections_seen)
+    example |= self._local_tokens("masks", found.mask_features, boxes, boxes_seen)
     if self.tokenizer is None:
       spatial, caption = self._encode_objects(objects), self._encode_sentence(turns[0])
-      return example | _with_mask("spatial", spatial) | _with_mask("caption", caption) | {
-          "icg_ids": [self._dec, *caption[1:]], "msp_ids": [self._mlm, *spatial[1:]]}
-    return (example
-            | _with_mask("spatial", self._encode_objects(objects if settings["spatial_to_mq_former"] else []))
-            | _with_mask("instruction", self._encode_sentence(turns[0] if settings["instruction_aware"] else ""))
-            | self._encode_conversation(turns, 0 if image is None else settings["image_tokens"], objects))
+      example |= _with_mask("spatial", spatial) | _with_mask("caption", caption)
+      return example | {"icg_ids": [self._dec, *caption[1:]], "msp_ids": [self._mlm, *spatial[1:]]}
+    example |= _with_mask("spatial", self._encode_objects(objects if settings["spatial_to_mq_former"] else []))
+    example |= _with_mask("instruction", self._encode_sentence(turns[0] if settings["instruction_aware"] else ""))
+    return example | self._encode_conversation(turns, 0 if image is None else settings["image_tokens"], objects)
 
   def _collate(self, name: str, rows: list) -> torch.Tensor:
     """Rows of an input of this name, ragged in their first axis, as one tensor."""
     if name == "pixel_values":
       return torch.from_numpy(np.stack(rows))
-    rows = [torch.from_numpy(np.asarray(row)) for row in rows]
     conversation = name in ("input_ids", "attention_mask", "labels", "image_slot")
     fill = {"labels": IGNORED, "image_slot": NO_SLOT}.get(name, 0)
     if name.endswith("_ids"):
       fill = self.tokenizer.pad_token_id if conversation else self._pad
+    tensors = list(map(torch.as_tensor, map(np.asarray, rows)))
     # An answer is written behind its prompt, so prompts end together.
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill,
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill,
                                            padding_side="left" if conversation else "right")
 
   # --- pictures and local tokens ---
 
   def _pixels(self, image) -> np.ndarray:
     """float32 (3, S, S) in CLIP's normalisation."""
-    size, mean, std = (self.settings[name] for name in ("image_size", "image_mean", "image_std"))
+    settings = self.settings
+    size = settings["image_size"]
     if image is None:
-      seen = np.zeros((size, size, 3), np.uint8)
+      whole = np.zeros((size, size, 3), np.uint8)
     elif isinstance(image, np.ndarray) and image.shape == (size, size, 3) and image.dtype == np.uint8:
-      seen = image
+      whole = image
     else:
-      seen = _squeezed(image, size)
-    pixels = (seen.astype(np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
+      whole = _squeezed(image, size)
+    mean, std = np.array(settings["image_mean"], np.float32), np.array(settings["image_std"], np.float32)
+    pixels = (whole.astype(np.float32) / 255 - mean) / std
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
   def _local_tokens(self, name: str, features: np.ndarray, boxes: np.ndarray, seen: np.ndarray) -> dict:
-    """The first rows of features with their boxes, blank where not `seen`; at least one row."""
+    """The first rows of features with their boxes, at least one row. Rows that are not `seen` are blank.
+
+    The model may have been trained without a refiner: then no row is seen.
+    """
     limit = self.settings[{"detection": "detection_rows", "masks": "mask_rows"}[name]]
     width = self.settings["feature_width"]
-    features, boxes, seen = features[:limit], boxes[:limit], seen[:limit]
+    features, boxes, seen = features[:limit], boxes[:limit], seen[:limit] & self.settings["use_refiner"]
     if len(features) and features.shape[1] != width:
       raise ValueError(f"{name}: features are {features.shape[1]} wide, this model reads {width}: give those of the "
                        "refiner that it was trained with")
@@ -207,71 +226,90 @@ class LyricsProcessor(ProcessorMixin):
   # --- texts ---
 
   def _box(self, box: np.ndarray) -> str:
-    thousandths = [round(min(max(float(value), 0.0), 1.0) * 1000) for value in box]
-    if self.settings["coordinates"] == "integer":
-      return "({},{}),({},{})".format(*(min(value, 999) for value in thousandths))
-    return "({:.3f},{:.3f}),({:.3f},{:.3f})".format(*(value / 1000 for value in thousandths))
+    numbers = []
+    for value in box:
+      thousandths = round(min(max(float(value), 0.0), 1.0) * 1000)
+      numbers.append(thousandths / 1000 if self.settings["coordinates"] == "decimal" else min(thousandths, 999))
+    form = "({:.3f},{:.3f}),({:.3f},{:.3f})" if self.settings["coordinates"] == "decimal" else "({},{}),({},{})"
+    return form.format(*numbers)
 
   def _encode_objects(self, objects: list[Object]) -> list[int]:
     """`[BOS]` and as many whole objects as fit."""
     open_object, close_object, open_tag, close_tag, open_box, close_box = self._markers
-    encode = lambda text: self.mq_former_tokenizer.encode(text, add_special_tokens=False)
     ids = [self._bos]
     for tag, box in objects:
-      added = [open_object, open_tag, *encode(tag), close_tag,
-               open_box, *encode(self._box(box)), close_box, close_object]
+      added = [open_object, open_tag, *self._encode_bert(tag), close_tag,
+               open_box, *self._encode_bert(self._box(box)), close_box, close_object]
       if len(ids) + len(added) > self.settings["spatial_length"]:
         break
       ids += added
     return ids
 
   def _encode_sentence(self, text: str) -> list[int]:
-    ids = self.mq_former_tokenizer.encode(text, add_special_tokens=False)
+    ids = self._encode_bert(text)
     return [self._cls, *ids[:self.settings["caption_length"] - 2], self._sep]
+
+  def _encode_bert(self, text: str) -> list[int]:
+    return self.mq_former_tokenizer.encode(text, add_special_tokens=False)
 
   def _encode_conversation(self, turns: list[str], image_tokens: int, objects: list[Object]) -> dict:
     """input_ids, attention_mask, image_slot, and labels where the last turn is an answer; those may lose their end."""
-    length, eos = self.settings["llm_length"], self.tokenizer.eos_token_id
     before, after = self._first_question(turns[0], image_tokens, objects)
-    asked = [before + [self.tokenizer.pad_token_id] * image_tokens + after]
-    asked += [self._encode(f"USER: {text} ASSISTANT:") for text in turns[2::2]]
-    answered = [self._encode(text) + [eos] for text in turns[1::2]]
-    pairs = list(itertools.zip_longest(asked, answered, fillvalue=[]))
-    if len(asked) == len(answered):  # for training
-      ends = np.cumsum([len(question) + len(answer) for question, answer in pairs])
-      whole = int(np.searchsorted(ends, length, side="right"))
-      question, answer = pairs[0]
-      pairs = pairs[:whole] or [(question, answer[:max(length - len(question), 1)])]
-    ids = [token for question, answer in pairs for token in question + answer]
+    pairs = self._pairs(turns, before + [self.tokenizer.pad_token_id] * image_tokens + after)
+    ids, labels = [], []
+    for question, answer in pairs:
+      ids += question + answer
+      labels += [IGNORED] * len(question) + answer
+    length = self.settings["llm_length"]
     if len(ids) > length:
       raise ValueError(f"the prompt {turns[0][:40]!r} takes {len(ids)} tokens, there is room for {length}: shorten it")
     slot = np.full(len(ids), NO_SLOT)
     slot[len(before):len(before) + image_tokens] = np.arange(image_tokens)
     encoded = {"input_ids": ids, "attention_mask": np.ones(len(ids), np.int64), "image_slot": slot}
-    if len(asked) == len(answered):
-      encoded["labels"] = [label for question, answer in pairs for label in [IGNORED] * len(question) + answer]
-    return encoded
+    return encoded | {"labels": labels} if len(turns) % 2 == 0 else encoded
+
+  def _pairs(self, turns: list[str], first: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Ids of each question, of which the first has the ids `first`, and of its answer; a last one may have no answer.
+
+    A conversation for training, which ends with an answer, is cut behind the last answer that there is room for. Of a
+    first answer that is too long a part is left.
+    """
+    length, pairs = self.settings["llm_length"], []
+    for question, answer in itertools.zip_longest(turns[::2], turns[1::2]):
+      asked = self._encode(f"USER: {question} ASSISTANT:") if pairs else first
+      pairs.append((asked, [] if answer is None else self._encode(answer) + [self.tokenizer.eos_token_id]))
+    if len(turns) % 2:
+      return pairs
+    ends = np.cumsum([len(asked) + len(answered) for asked, answered in pairs])
+    whole = int(np.searchsorted(ends, length, side="right"))
+    asked, answered = pairs[0]
+    return pairs[:whole] or [(asked, answered[:max(length - len(asked), 1)])]
 
   def _first_question(self, question: str, image_tokens: int, objects: list[Object]) -> tuple[list[int], list[int]]:
-    """Ids before and after the picture; behind it the objects that fit in half of the room, those asked about first."""
+    """Ids before and after the picture. Behind it stand the objects that fit in half of the room.
+
+    The objects that are asked about come first.
+    """
     system, length = self.settings["system_message"], self.settings["llm_length"]
     bos = self.tokenizer.bos_token_id
     if not image_tokens:
       return [bos, *self._encode(f"{system} USER: {question} ASSISTANT:")], []
     before = [bos, *self._encode(f"{system} USER: ")]
-    encode = lambda spatial: self._encode(f"\n{spatial}{question} ASSISTANT:")
-    after = encode("")
+    after = self._encode(f"\n{question} ASSISTANT:")
     if not self.settings["spatial_to_llm"]:
       return before, after
-    named = sorted(objects, key=lambda thing: re.search(rf"\b{re.escape(thing[0])}\b", question.lower()) is None)
-    texts = [f"<br><T> {tag} </T>{self._reference(box)}</br>" for tag, box in named]
+    named, others = [], []
+    for tag, box in objects:
+      asked_about = re.search(rf"\b{re.escape(tag)}\b", question.lower())
+      (named if asked_about else others).append(f"<br><T> {tag} </T>{self._reference(box)}</br>")
+    texts = named + others
     room = min((length - image_tokens) // 2, length - image_tokens - len(before) - len(after) - 1)
-    count = int(np.searchsorted(np.cumsum([len(self._encode(text)) for text in texts]), room, side="right"))
-    while count:
-      with_objects = encode("".join(texts[:count]) + "\n")
+    ends = np.cumsum([len(self._encode(text)) for text in texts])
+    # Tokens of texts that stand together may be more than those of the texts alone.
+    for count in range(int(np.searchsorted(ends, room, side="right")), 0, -1):
+      with_objects = self._encode(f"\n{''.join(texts[:count])}\n{question} ASSISTANT:")
       if len(with_objects) - len(after) <= room:
         return before, with_objects
-      count -= 1
     return before, after
 
   def _encode(self, text: str) -> list[int]:
@@ -281,11 +319,19 @@ class LyricsProcessor(ProcessorMixin):
     return f"<Bbox> {self._box(box)} </Box>"
 
   def _fill_boxes(self, text: str, boxes: np.ndarray) -> str:
-    """`<box K>` written out."""
-    for index in map(int, _PLACEHOLDER.findall(text)):
+    """The text with its boxes in place of `<box K>`."""
+    def written_out(match: re.Match) -> str:
+      index = int(match[1])
       if index >= len(boxes):
         raise ValueError(f"the text {text[:60]!r} refers to <box {index}>, but there are {len(boxes)} text_boxes")
-    return _PLACEHOLDER.sub(lambda match: self._reference(boxes[int(match[1])]), text)
+      return self._reference(boxes[index])
+
+    return _PLACEHOLDER.sub(written_out, text)
+
+
+def _one_for_each(given, count: int) -> list:
+  """What was given for each example, or the one thing that was given for all."""
+  return list(given) if isinstance(given, (list, tuple)) else [given] * count
 
 
 def _squeezed(image, size: int) -> np.ndarray:
@@ -313,7 +359,11 @@ def _in_picture(boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """float32 (n, 4) xyxy, clipped to the picture, and bool (n,), True where enough of the box lies in it."""
   boxes = np.asarray(boxes, np.float32)
   clipped = np.clip(boxes, 0, 1)
-  area, remaining = (np.prod(np.maximum(some[:, 2:] - some[:, :2], 0), axis=1) for some in (boxes, clipped))
+  area, remaining = _area(boxes), _area(clipped)
   centre = (boxes[:, :2] + boxes[:, 2:]) / 2
   inside = ((centre >= 0) & (centre <= 1)).all(axis=1)
   return clipped, np.where(area > 0, remaining >= VISIBLE_SHARE * area, inside)
+
+
+def _area(boxes: np.ndarray) -> np.ndarray:
+  return np.prod(np.maximum(boxes[:, 2:] - boxes[:, :2], 0), axis=1)

@@ -1,1 +1,1 @@
-"""One loop for all stages: state, optimizer, sharding, checkpoints, metrics."""
+"""One loop for every stage: state, optimizer, step, checkpoints, metrics, hosts."""

@@ -4,6 +4,9 @@
     OUTPUT/manifest.json          the manifest of the records it is trained on
     OUTPUT/frozen/                frozen parameters, written once
     OUTPUT/checkpoints/STEP/      trained parameters, optimizer state, the data iterators' position
+
+Every kernel is [..., n, m] in a checkpoint. Some lie the other way around in a device's memory, where a TPU reads them
+faster (`models/layers/linear.py`); they are turned around here, on saving and on restoring.
 """
 
 import json
@@ -12,14 +15,16 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.sharding import Mesh
 
 from lyrics_jax.config import Config
 from lyrics_jax.data.loader import for_hosts
-from lyrics_jax.training.parameters import Parameters
+from lyrics_jax.training.parameters import ModelParameters, Parameters
 from lyrics_jax.training.step import TrainState
 from refiner_export.common import settings
-from refiner_export.records.manifest import MANIFEST, Manifest
+from refiner_export.common.files import write_atomically
 from refiner_export.common.settings import UserError, existing_path
+from refiner_export.records.manifest import MANIFEST, Manifest
 
 
 class Checkpoints:
@@ -29,43 +34,59 @@ class Checkpoints:
     self.output = epath.Path(output).absolute()
     handlers = {"parameters": ocp.StandardCheckpointHandler(), "optimizer": ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler()}
-    self.manager = ocp.CheckpointManager(self.output / "checkpoints", item_handlers=handlers,
-                                         options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    self.manager = ocp.CheckpointManager(self.output / "checkpoints", item_handlers=handlers, options=options)
+
+  @property
+  def frozen(self) -> epath.Path:
+    return self.output / "frozen"
 
   def latest(self) -> int | None:
     return self.manager.latest_step()
 
-  def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
+  def save(self, state: TrainState, data: grain.DatasetIterator, parameters: ModelParameters) -> None:
     """Writes in the background; a half-written checkpoint is never taken for a whole one."""
     step = int(state.step)
-    if self.latest() != step:
-      self.manager.save(step, args=ocp.args.Composite(
-          parameters=ocp.args.StandardSave(state.parameters), optimizer=ocp.args.StandardSave(state.optimizer),
-          data=ocp.args.JsonSave({"hosts": jax.process_count(), "state": data.get_state()})))
+    if self.latest() == step:
+      return
+    stored = turned_state(parameters, state)
+    position = {"hosts": jax.process_count(), "state": data.get_state()}
+    self.manager.save(step, args=ocp.args.Composite(
+        parameters=ocp.args.StandardSave(stored.parameters), optimizer=ocp.args.StandardSave(stored.optimizer),
+        data=ocp.args.JsonSave(position)))
 
-  def restore(self, state: TrainState, data: grain.DatasetIterator) -> TrainState:
-    """The newest checkpoint, laid out like `state`; `data` is moved to where it stood, with however many hosts that was."""
+  def restore(self, state: TrainState, data: grain.DatasetIterator, parameters: ModelParameters) -> TrainState:
+    """The newest checkpoint, laid out like `state`. `data` is moved to where it stood, whatever the number of hosts."""
     step = self.latest()
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, turned_state(parameters, state))
     try:
       restored = self.manager.restore(step, args=ocp.args.Composite(
-          parameters=ocp.args.StandardRestore(abstract.parameters), optimizer=ocp.args.StandardRestore(abstract.optimizer),
-          data=ocp.args.JsonRestore()))
+          parameters=ocp.args.StandardRestore(abstract.parameters),
+          optimizer=ocp.args.StandardRestore(abstract.optimizer), data=ocp.args.JsonRestore()))
     except (ValueError, KeyError) as error:
       raise _misfit(self.output / "checkpoints" / str(step), error) from error
     data.set_state(for_hosts(restored.data["state"], restored.data["hosts"], jax.process_count()))
-    return TrainState(jax.device_put(jax.numpy.int32(step), state.step.sharding), restored.parameters, restored.optimizer)
+    count = jax.device_put(jax.numpy.int32(step), state.step.sharding)
+    return turned_state(parameters, TrainState(count, restored.parameters, restored.optimizer))
 
-  def restore_parameters(self, like: dict[str, jax.ShapeDtypeStruct] | None = None) -> Parameters:
-    """Trained parameters of the newest checkpoint, in this host's memory, or laid out like `like` (with shardings)."""
-    step = self.latest()
-    like = like or _in_host_memory(self.manager.item_metadata(step)["parameters"])
-    return self.manager.restore(step, args=ocp.args.Composite(parameters=ocp.args.StandardRestore(like))).parameters
+  def restore_model(self, parameters: ModelParameters, mesh: Mesh) -> tuple[Parameters, Parameters]:
+    """(trained, frozen) parameters of the newest checkpoint as they lie in memory; each device reads its own part."""
+    shardings = parameters.shardings(mesh, stored=True)
+    like = _like(parameters, shardings, trained=True)
+    args = ocp.args.Composite(parameters=ocp.args.StandardRestore(like))
+    try:
+      trained = self.manager.restore(self.latest(), args=args).parameters
+    except (ValueError, KeyError) as error:
+      raise _misfit(self.output / "checkpoints" / str(self.latest()), error) from error
+    return _turned(parameters, trained), self.restore_frozen(parameters, shardings)
 
   def stored_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """All parameters of the newest checkpoint, trained and frozen, abstract."""
-    return {path: jax.ShapeDtypeStruct(array.shape, array.dtype)
-            for directory in self._parameter_directories() for path, array in _stored(directory).items()}
+    """All parameters of the newest checkpoint, trained and frozen, abstract, by the paths that it has."""
+    shapes = {}
+    for directory in self._parameter_directories():
+      for path, array in _stored(directory).items():
+        shapes[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    return shapes
 
   def restore_some(self, like: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
     """These parameters of the newest checkpoint, trained or frozen, laid out like `like`; nothing else is read."""
@@ -73,13 +94,14 @@ class Checkpoints:
     for directory in self._parameter_directories():
       inside = {path: like[path] for path in _stored(directory) if path in like}
       if inside:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(inside)
         with ocp.PyTreeCheckpointer() as checkpointer:
           values |= checkpointer.restore(directory, args=ocp.args.PyTreeRestore(
-              inside, restore_args=ocp.checkpoint_utils.construct_restore_args(inside), partial_restore=True))
+              inside, restore_args=restore_args, partial_restore=True))
     return values
 
   def _parameter_directories(self) -> list[epath.Path]:
-    both = self.output / "checkpoints" / str(self.latest()) / "parameters", self.output / "frozen"
+    both = self.output / "checkpoints" / str(self.latest()) / "parameters", self.frozen
     return [directory for directory in both if directory.exists()]
 
   def reached_preemption(self, step: int) -> bool:
@@ -90,35 +112,62 @@ class Checkpoints:
     self.manager.wait_until_finished()
     self.manager.close()
 
-  def save_frozen(self, frozen: Parameters) -> None:
-    if frozen and not (self.output / "frozen").exists():
+  def save_frozen(self, frozen: Parameters, parameters: ModelParameters) -> None:
+    if frozen and not self.frozen.exists():
       with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(self.output / "frozen", frozen)
+        checkpointer.save(self.frozen, _turned(parameters, frozen))
 
-  def restore_frozen(self, like: dict[str, jax.ShapeDtypeStruct] | None = None) -> Parameters:
-    if not (self.output / "frozen").exists():
+  def restore_frozen(self, parameters: ModelParameters, shardings: dict) -> Parameters:
+    """The run's frozen parameters as they lie in memory; empty when there are none yet.
+
+    Args:
+      shardings: by path, of the arrays as stored.
+    """
+    if not self.frozen.exists():
       return {}
+    like = _like(parameters, shardings, trained=False)
     try:
       with ocp.StandardCheckpointer() as checkpointer:
-        like = like or _in_host_memory(checkpointer.metadata(self.output / "frozen").item_metadata.tree)
-        return checkpointer.restore(self.output / "frozen", like)
+        return _turned(parameters, checkpointer.restore(self.frozen, like))
     except (ValueError, KeyError) as error:
-      raise _misfit(self.output / "frozen", error) from error
+      raise _misfit(self.frozen, error) from error
 
   def save_config(self, config: Config, manifest: Manifest) -> None:
     """Writes what the parameters alone do not say: the configuration, and how the records were made."""
     if jax.process_index() == 0:
       self.output.mkdir(parents=True, exist_ok=True)
       manifest.save(self.output)
-      temporary = self.output / "config.json.tmp"
-      temporary.write_text(config.to_json())
-      temporary.replace(self.output / "config.json")
+      write_atomically(self.output / "config.json", config.to_json().encode())
 
 
-def _in_host_memory(saved) -> dict[str, jax.ShapeDtypeStruct]:
-  """As saved, but for where it lay: the devices of the run that saved it may not be here."""
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-  return {path: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=here) for path, value in saved.items()}
+def turned_state(parameters: ModelParameters, state: TrainState) -> TrainState:
+  """A state in memory as checkpoints have it, and back; the optimizer's moments lie as their parameters do."""
+  return TrainState(state.step, _turned(parameters, state.parameters), _turned(parameters, state.optimizer))
+
+
+def _turned(parameters: ModelParameters, tree):
+  """Swaps the last two axes of the leaves below the paths that lie transposed in memory."""
+  def turn(place, leaf):
+    transposed = False
+    for key in place:
+      transposed = transposed or getattr(key, "key", None) in parameters.transposed
+    return _swap(leaf) if transposed else leaf
+
+  return jax.tree_util.tree_map_with_path(turn, tree)
+
+
+@jax.jit
+def _swap(x: jax.Array) -> jax.Array:
+  return x.swapaxes(-1, -2)
+
+
+def _like(parameters: ModelParameters, shardings: dict, trained: bool) -> dict[str, jax.ShapeDtypeStruct]:
+  """The abstract arrays to restore: as stored, with these shardings."""
+  like = {}
+  for path in parameters.paths(trained):
+    shape = parameters.shapes[path]
+    like[path] = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[path])
+  return like
 
 
 def _stored(directory: epath.Path) -> dict:
@@ -128,8 +177,9 @@ def _stored(directory: epath.Path) -> dict:
 
 
 def _misfit(path: epath.Path, error: Exception) -> UserError:
-  return UserError(f"checkpoint {path} does not fit this configuration; use the run's own config.json or another config.output. "
-                   f"({' '.join(str(error).split())[:300]})")
+  reason = " ".join(str(error).split())[:300]
+  return UserError(f"checkpoint {path} does not fit this configuration; use the run's own config.json or another "
+                   f"config.output. ({reason})")
 
 
 def saved_config(output: str) -> Config:

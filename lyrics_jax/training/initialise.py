@@ -1,84 +1,85 @@
-"""Where a run's first parameters come from."""
+"""Where a run's first parameters come from: fresh ones, an earlier run, or published weights."""
+
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from lyrics_jax.weights import blip2
-from lyrics_jax.weights.read import holds_weights
-from lyrics_jax.weights.table import UNKNOWN, Found, part
-from lyrics_jax.models.quantised import SCALE, dequantise, inputs_axis, quantise
-from lyrics_jax.training.checkpoint import Checkpoints, open_run
-from lyrics_jax.training.parameters import ParameterPlan, Parameters
-from refiner_export.common.settings import existing_path, require
+from lyrics_jax.models.layers.int8 import SCALE, quantise
+from lyrics_jax.training.checkpoint import Checkpoints
+from lyrics_jax.training.parameters import ModelParameters, Parameters, part
 
 
-def initial_parameters(plan: ParameterPlan, mesh: Mesh, checkpoints: Checkpoints) -> tuple[Parameters, Parameters]:
-  """(trained, frozen): fresh ones, replaced by what `config.init_from` has for them, and the run's own frozen ones."""
-  config = plan.stage.config
-  shardings = plan.shardings(mesh)
-  start = config.init_from and checkpoints.latest() is None
-  found = _find(plan, config.init_from, mesh) if start else Found({}, {})
-  whole = {path for path, value in found.values.items() if value.shape == plan.shapes[path].shape}
-  whole |= {path + SCALE for path in whole}
-  parameters = plan.fresh(mesh, config.seed, [path for path in plan.shapes if path not in whole])
-  for path, value in found.values.items():
-    parameters |= _placed(path, value, plan, parameters, shardings)
-  trained, frozen = plan.split(parameters)
-  own = checkpoints.restore_frozen({path: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=shardings[path])
-                                    for path, value in frozen.items()})
-  return trained, frozen | own
+class Origin(Protocol):
+  """Weights that a run starts from; `weights/sources.py` finds them. Shapes are as checkpoints have them."""
+  name: str
+  unknown: list[str]  # names of tensors that are not expected there
+
+  def paths(self) -> list[str]:
+    """The parameters of this model that it has."""
+
+  def shape(self, path: str) -> tuple[int, ...]:
+    """The shape of a parameter there; it may have fewer rows than the model's."""
+
+  def read(self, path: str, sharding: NamedSharding | None = None, dtype: jnp.dtype | None = None,
+           transposed: bool = False) -> np.ndarray | jax.Array:
+    """A parameter, each device's part read onto that device; without a sharding, in this host's memory."""
+
+  def report(self, shapes) -> str:
+    """What was loaded, initialised and left over, as lines for a person."""
 
 
-def _find(plan: ParameterPlan, source: str, mesh: Mesh) -> Found:
-  """What `config.init_from` has for this model; logs it."""
-  path = existing_path(source, "config.init_from", "Name the output directory of an earlier run, or BLIP-2's weights: a "
-                                                   "file, or a Hugging Face directory")
-  if holds_weights(path):
-    found = blip2.load(path, plan.stage.config.model, plan.shapes)
-  else:
-    found = _earlier_run(plan, source, mesh)
-  # A scale comes with its kernel.
-  stated = {path: shape for path, shape in plan.shapes.items() if not path.endswith(SCALE)}
-  logging.info("parameters from %s\n%s", source, found.report(stated))
-  if UNKNOWN in found.left_over:
-    logging.warning("%s: unknown, and not loaded: %s", source, ", ".join(found.left_over[UNKNOWN]))
-  at_random = {part(path) for path in plan.paths(trained=False) if path in stated and path not in found.values}
-  if at_random:
-    logging.warning("frozen with random values, because %s has nothing for it: %s", source, ", ".join(sorted(at_random)))
-  return found
+def initial_parameters(parameters: ModelParameters, mesh: Mesh, checkpoints: Checkpoints,
+                       origin: Origin | None) -> tuple[Parameters, Parameters]:
+  """(trained, frozen) as they lie in memory: fresh, replaced by what `origin` has, and the run's own frozen ones."""
+  values = {} if origin is None else _read(parameters, mesh, origin)
+  missing = [path for path in parameters.shapes if path not in values]
+  fresh = parameters.fresh(mesh, parameters.config.seed, missing)
+  if origin is not None:
+    for path in _partial(parameters, origin):
+      fresh[path] = _with_first_rows(fresh[path], origin.read(path, dtype=fresh[path].dtype))
+    _tell(parameters, origin)
+  trained, frozen = parameters.split(values | fresh)
+  return trained, frozen | checkpoints.restore_frozen(parameters, parameters.shardings(mesh, stored=True))
 
 
-def _earlier_run(plan: ParameterPlan, source: str, mesh: Mesh) -> Found:
-  """What an earlier run has, each device's part read onto that device: on no host need there be all of it."""
-  earlier, _ = open_run(source)
-  saved = earlier.stored_shapes()
-  for path in saved.keys() & plan.shapes.keys():
-    there, here = saved[path].shape, plan.shapes[path].shape
-    require(there == here, f"config.init_from={source}: parameter {path} has shape {there} there, {here} here; "
-                           f"make config.model agree")
-  wanted = [path for path in saved if path.removesuffix(SCALE) in plan.shapes]
-  require(bool(wanted), f"config.init_from={source}: no parameter of that run has a place in this model")
-  shardings, everywhere = plan.shardings(mesh), NamedSharding(mesh, PartitionSpec())
-  taken = earlier.restore_some({
-      path: jax.ShapeDtypeStruct(saved[path].shape, saved[path].dtype, sharding=shardings.get(path, everywhere))
-      for path in wanted})
-  earlier.close()
-  for path in [path for path in taken if path + SCALE in taken and path + SCALE not in plan.shapes]:
-    taken[path] = dequantise(taken[path], taken.pop(path + SCALE), inputs_axis(path))
-  left_over = sorted(set(saved) - set(wanted))
-  return Found(taken, {"without a place in this model": left_over} if left_over else {})
+def _partial(parameters: ModelParameters, origin: Origin) -> list[str]:
+  """The parameters of which the origin has only the first rows: words and queries of a smaller model."""
+  return [path for path in origin.paths() if origin.shape(path) != parameters.shapes[path].shape]
 
 
-def _placed(path: str, value: np.ndarray | jax.Array, plan: ParameterPlan, fresh: Parameters,
-            shardings: dict[str, NamedSharding]) -> Parameters:
-  """The value, laid out, in the plan's dtype, with the rows of the fresh one from there on; with a scale where that has one."""
-  if path + SCALE in plan.shapes and value.dtype != jnp.int8:  # quantised where it lies: a scale is that of a whole column
-    matrix, scale = jax.jit(quantise, static_argnums=1, out_shardings=(shardings[path], shardings[path + SCALE]))(
-        jax.device_put(value, shardings[path]), inputs_axis(path))
-    return {path: matrix, path + SCALE: scale}
-  like, value = plan.shapes[path], value.astype(plan.shapes[path].dtype)
-  whole = value if value.shape == like.shape else fresh[path].at[:len(value)].set(value)
-  return {path: jax.device_put(whole, shardings[path])}
+def _read(parameters: ModelParameters, mesh: Mesh, origin: Origin) -> Parameters:
+  """What the origin has whole, in the model's dtypes and where it will lie."""
+  shardings, partial, values = parameters.shardings(mesh), _partial(parameters, origin), {}
+  for path in origin.paths():
+    if path in partial:
+      continue
+    dtype, transposed = parameters.shapes[path].dtype, path in parameters.transposed
+    scale = path + SCALE
+    if scale in parameters.shapes and scale not in origin.paths():
+      # Quantised where it lies: a scale is that of a whole column.
+      value = origin.read(path, shardings[path], None, transposed)
+      quantise_here = jax.jit(quantise, static_argnums=1, out_shardings=(shardings[path], shardings[scale]))
+      values[path], values[scale] = quantise_here(value, -1 if transposed else -2)
+    else:
+      values[path] = origin.read(path, shardings[path], dtype, transposed)
+  return values
+
+
+def _with_first_rows(whole: jax.Array, rows: np.ndarray) -> jax.Array:
+  return jax.device_put(whole.at[:len(rows)].set(rows), whole.sharding)
+
+
+def _tell(parameters: ModelParameters, origin: Origin) -> None:
+  """Logs what is loaded, and warns of frozen parts that stay random."""
+  stated = {path: shape for path, shape in parameters.shapes.items() if not path.endswith(SCALE)}
+  logging.info("parameters from %s\n%s", origin.name, origin.report(stated))
+  if origin.unknown:
+    logging.warning("%s: unknown, and not loaded: %s", origin.name, ", ".join(origin.unknown))
+  known = set(origin.paths())
+  random = sorted({part(path) for path in parameters.paths(trained=False) if path in stated and path not in known})
+  if random:
+    logging.warning("frozen with random values, because %s has nothing for it: %s", origin.name, ", ".join(random))

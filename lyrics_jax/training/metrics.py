@@ -1,4 +1,4 @@
-"""What a run reports: a progress line or bar, `metrics.jsonl`, TensorBoard, and the loss curves as a picture."""
+"""What a run reports: a progress line or bar, `metrics.jsonl`, and TensorBoard."""
 
 import contextlib
 import json
@@ -12,6 +12,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+_QUIET = ("step", "gradient_norm", "learning_rate")  # written, but not shown in the line
+
 
 class Metrics:
   """Writes the metrics of a run that begins, or goes on, at step `start`. Only the first host writes."""
@@ -23,11 +25,12 @@ class Metrics:
     directory = epath.Path(output)
     directory.mkdir(parents=True, exist_ok=True)
     self.path = directory / "metrics.jsonl"
-    self.lines = [entry for entry in read(output) if entry["step"] <= start]  # later ones will be computed again
+    # Later steps will be computed again.
+    self.lines = [entry for entry in read(output) if entry["step"] <= start]
     self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
     self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
     self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
-    self.steps, self.started, self.start, self.last_logged = steps, time.monotonic(), start, start
+    self.steps, self.started, self.start = steps, time.monotonic(), start
     self.tokens = self.images = 0
     self.window = time.monotonic()
 
@@ -53,22 +56,24 @@ class Metrics:
     elapsed = max(time.monotonic() - self.window, 1e-9)
     rates = {"tokens_per_second": self.tokens / elapsed, "images_per_second": self.images / elapsed}
     self.tokens, self.images, self.window = 0, 0, time.monotonic()
-    values = {"step": step, **values, **rates}
-    self.lines.append(values)
+    entry = {"step": step, **values, **rates}
+    self.lines.append(entry)
     with self.path.open("a") as file:
-      file.write(json.dumps(values) + "\n")
-    for name, value in values.items():
-      if name != "step":
-        self.board.add_scalar(name, value, step)
-    losses = "  ".join(f"{name} {value:.3f}" for name, value in values.items()
-                       if name in ("loss", "itc", "itm", "icg", "msp", "token_accuracy"))
+      file.write(json.dumps(entry) + "\n")
+    for name, value in (values | rates).items():
+      self.board.add_scalar(name, value, step)
+    self._show(step, values, rates["tokens_per_second"])
+
+  def _show(self, step: int, values: dict[str, float], tokens_per_second: float) -> None:
+    """A line, or the bar's text, with the losses; figures of evaluations, which have a slash, are left out."""
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in _QUIET and "/" not in name)
     if self.bar:
-      self.bar.set_postfix_str(losses)
-    else:
-      rate = (step - self.start) / (time.monotonic() - self.started)
-      left = (self.steps - step) / rate
-      logging.info("step %d/%d  %s  %.2f steps/s  %.0f tokens/s  %d:%02d left", step, self.steps, losses, rate,
-                   rates["tokens_per_second"], left // 60, left % 60)
+      self.bar.set_postfix_str(shown)
+      return
+    rate = (step - self.start) / (time.monotonic() - self.started)
+    left = (self.steps - step) / rate
+    logging.info("step %d/%d  %s  %.2f steps/s  %.0f tokens/s  %d:%02d left", step, self.steps, shown, rate,
+                 tokens_per_second, left // 60, left % 60)
 
   def close(self) -> None:
     if self.main:

@@ -1,99 +1,159 @@
 """A model's parameters as flat dictionaries `path -> array`, split into trained and frozen ones.
 
-Paths such as `perception/mq_former/queries` are the names of checkpoints, weight tables and reports alike.
+Paths such as `connector/former/queries` are the names of checkpoints, weight tables and reports alike.
 """
 
 import dataclasses
+import fnmatch
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from lyrics_jax.stages.base import Stage
-from lyrics_jax.training.sharding import parameter_sharding
+from lyrics_jax.config import Config
+from lyrics_jax.sharding import parameter_sharding
+from refiner_export.common.settings import require
 
 Parameters = dict[str, jax.Array]
+Abstract = dict[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)
-class ParameterPlan:
-  """Everything about a stage's parameters that is known before one exists.
+class ModelParameters:
+  """Everything about the parameters of a run that is known before one exists.
 
-  `shapes`: abstract arrays by path, frozen ones in their storage dtype. `axes`: their logical axes.
+  `shapes`: abstract arrays by path as checkpoints have them, every kernel [..., n, m], frozen ones in their storage
+  dtype. `axes`: their logical axes. `transposed`: the kernels that lie in memory as [..., m, n], see
+  `models/layers/linear.py`.
   """
-  stage: Stage
+  config: Config
   graph: nnx.GraphDef
   variables: dict[str, nnx.Variable]
-  shapes: dict[str, jax.ShapeDtypeStruct]
+  shapes: Abstract
   axes: dict[str, tuple[str | None, ...]]
+  transposed: frozenset[str]
 
   @classmethod
-  def of(cls, stage: Stage) -> "ParameterPlan":
-    graph, state = nnx.split(nnx.eval_shape(lambda: stage.build(nnx.Rngs(0))))
-    variables = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-    metadata = {path: v.get_metadata() for path, v in variables.items()}
-    frozen_dtype = stage.config.model.frozen_dtype
-    frozen_dtype = jnp.dtype("bfloat16" if frozen_dtype == "int8" else frozen_dtype)  # int8 ones keep theirs
-    kept = lambda path: stage.trains(path) or metadata[path].get("keeps_dtype", False)
-    shapes = {path: jax.ShapeDtypeStruct(v.shape, v.dtype if kept(path) else frozen_dtype)
-              for path, v in variables.items()}
-    return cls(stage, graph, variables, shapes, {path: metadata[path]["logical_axes"] for path in variables})
+  def of(cls, config: Config) -> "ModelParameters":
+    """Raises `UserError` for a pattern of `stage.train` that matches nothing, or a trained parameter in int8."""
+    stage, compute = config.stage, config.compute
+    graph, state = nnx.split(nnx.eval_shape(lambda: stage.build(compute, nnx.Rngs(0))))
+    variables, shapes, axes, transposed = {}, {}, {}, set()
+    for place, variable in nnx.to_flat_state(state):
+      path, metadata = "/".join(map(str, place)), variable.get_metadata()
+      kept = stage.trains(path) or metadata.get("keeps_dtype", False)
+      shape, logical = variable.shape, metadata["logical_axes"]
+      if metadata.get("transposed", False):
+        transposed.add(path)
+        shape, logical = _swapped(shape), _swapped(logical)
+      variables[path], axes[path] = variable, logical
+      shapes[path] = jax.ShapeDtypeStruct(shape, variable.dtype if kept else compute.storage)
+    parameters = cls(config, graph, variables, shapes, axes, frozenset(transposed))
+    parameters._check()
+    return parameters
+
+  def _check(self) -> None:
+    for pattern in self.config.stage.train:
+      require(bool(fnmatch.filter(self.shapes, pattern)), f"config.stage.train: the pattern {pattern!r} matches no "
+              f"parameter; the model's parts are {', '.join(dict.fromkeys(map(part, self.shapes)))}")
+    for path in self.paths(trained=True):
+      require(self.shapes[path].dtype != jnp.int8,
+              f"config.stage.train names {path}, which config.compute.frozen_dtype=int8 stores in int8: train all of "
+              "this part, or set config.compute.frozen_dtype=bfloat16")
 
   def paths(self, trained: bool) -> list[str]:
-    return [path for path in self.shapes if self.stage.trains(path) == trained]
+    return [path for path in self.shapes if self.config.stage.trains(path) == trained]
 
-  def shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Raises `UserError` for a dimension that the mesh does not divide."""
-    return {path: parameter_sharding(mesh, path, shape.shape, self.axes[path]) for path, shape in self.shapes.items()}
+  @property
+  def memory(self) -> Abstract:
+    """Abstract arrays as they lie in memory."""
+    return {path: self._in_memory(path) for path in self.shapes}
+
+  def _in_memory(self, path: str) -> jax.ShapeDtypeStruct:
+    shape = self.shapes[path]
+    return jax.ShapeDtypeStruct(_swapped(shape.shape), shape.dtype) if path in self.transposed else shape
+
+  def shardings(self, mesh: Mesh, stored: bool = False) -> dict[str, NamedSharding]:
+    """Where parameters lie in memory; with `stored`, the same for the arrays as checkpoints have them.
+
+    Raises:
+      UserError: the mesh does not divide a dimension.
+    """
+    shardings = {}
+    for path, shape in self.shapes.items():
+      axes, dimensions = self.axes[path], shape.shape
+      if path in self.transposed and not stored:
+        axes, dimensions = _swapped(axes), _swapped(dimensions)
+      shardings[path] = parameter_sharding(mesh, path, dimensions, axes)
+    return shardings
+
+  def turned(self, parameters: Parameters) -> Parameters:
+    """From how arrays lie in memory to how checkpoints have them, and back: it is the same operation."""
+    turned = {}
+    for path, value in parameters.items():
+      turned[path] = value.swapaxes(-1, -2) if path in self.transposed else value
+    return turned
 
   def initialise(self, mesh: Mesh, seed: int) -> tuple[Parameters, Parameters]:
     """Fresh (trained, frozen) parameters, made where they will lie."""
     return self.split(self.fresh(mesh, seed, self.shapes))
 
   def fresh(self, mesh: Mesh, seed: int, paths: Collection[str]) -> Parameters:
-    """Those of the fresh parameters that have these paths; the others are never in memory."""
+    """The fresh parameters with these paths, as they lie in memory; the others are never in memory."""
     if not paths:
       return {}
-    shardings = self.shardings(mesh)
+    stage, compute, shardings = self.config.stage, self.config.compute, self.shardings(mesh)
 
     def create(key: jax.Array) -> Parameters:
-      _, state = nnx.split(self.stage.build(nnx.Rngs(params=key)))
-      values = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
-      return {path: values[path][...].astype(self.shapes[path].dtype) for path in paths}
+      _, state = nnx.split(stage.build(compute, nnx.Rngs(params=key)))
+      values = {"/".join(map(str, place)): variable[...] for place, variable in nnx.to_flat_state(state)}
+      return {path: values[path].astype(self.shapes[path].dtype) for path in paths}
 
     with jax.set_mesh(mesh):
       return jax.jit(create, out_shardings={path: shardings[path] for path in paths})(jax.random.key(seed))
 
-  def split(self, parameters: Parameters) -> tuple[Parameters, Parameters]:
+  def split(self, parameters: Mapping) -> tuple[dict, dict]:
     """(trained, frozen)."""
-    return ({path: parameters[path] for path in self.paths(trained=True)},
-            {path: parameters[path] for path in self.paths(trained=False)})
+    trained = {path: parameters[path] for path in self.paths(trained=True)}
+    return trained, {path: parameters[path] for path in self.paths(trained=False)}
 
   def model(self, trained: Parameters, frozen: Parameters) -> nnx.Module:
-    """The module with these parameters."""
+    """The module with these parameters, as they lie in memory."""
     values = trained | frozen
-    return nnx.merge(self.graph, nnx.from_flat_state(
-        [(_path(path), variable.replace(values[path])) for path, variable in self.variables.items()]))
-
-  def report(self) -> str:
-    """Parameters by part, trained and frozen, as lines for a person."""
-    lines = [f"{'part':32}{'trained':>16}{'frozen':>16}"]
-    for part in dict.fromkeys(map(_part, self.shapes)):
-      counts = [sum(math.prod(self.shapes[path].shape) for path in self.paths(trained) if _part(path) == part)
-                for trained in (True, False)]
-      lines.append(f"{part:32}" + "".join(f"{count:16,}" for count in counts))
-    return "\n".join([*lines, f"{'all':32}{self.count(True):16,}{self.count(False):16,}"])
+    state = []
+    for path, variable in self.variables.items():
+      state.append((_place(path), variable.replace(values[path])))
+    return nnx.merge(self.graph, nnx.from_flat_state(state))
 
   def count(self, trained: bool) -> int:
     return sum(math.prod(self.shapes[path].shape) for path in self.paths(trained))
 
+  def report(self) -> str:
+    """Numbers of parameters by part, trained and frozen, as lines for a person."""
+    counts: dict[str, list[int]] = {}
+    for path, shape in self.shapes.items():
+      of_part = counts.setdefault(part(path), [0, 0])
+      of_part[0 if self.config.stage.trains(path) else 1] += math.prod(shape.shape)
+    counts["all"] = [self.count(True), self.count(False)]
+    lines = [f"{'part':32}{'trained':>16}{'frozen':>16}"]
+    for name, (trained, frozen) in counts.items():
+      lines.append(f"{name:32}{trained:16,}{frozen:16,}")
+    return "\n".join(lines)
 
-def _part(path: str) -> str:
-  return "/".join(path.split("/")[:2]) if path.startswith("perception/") else path.split("/")[0]
+
+def part(path: str) -> str:
+  """The part of the model that a parameter belongs to: `vision`, `connector/former`, `llm`, `itm`."""
+  first, *rest = path.split("/")
+  return f"{first}/{rest[0]}" if first == "connector" else first
 
 
-def _path(path: str) -> tuple[str | int, ...]:
-  return tuple(int(part) if part.isdigit() else part for part in path.split("/"))
+def _swapped(sizes: tuple) -> tuple:
+  """The last two change places."""
+  return (*sizes[:-2], sizes[-1], sizes[-2])
+
+
+def _place(path: str) -> tuple[str | int, ...]:
+  return tuple(int(name) if name.isdigit() else name for name in path.split("/"))

@@ -4,24 +4,38 @@ import pathlib
 
 import jinja2
 
-from lyrics_jax.config import Config
-from lyrics_jax.weights import lyrics_names
-from refiner_export.records.manifest import Manifest
+from lyrics_jax.weights.llama_names import ADAPTER, is_lora
+from lyrics_jax.weights.stored import StoredRun
 
-_TEMPLATE = pathlib.Path(__file__).with_name("model_card.md.jinja")
+TRAINING = "training"  # directory inside the exported one: the run's own configuration, and the manifest of its records
 
 
-def render(config: Config, manifest: Manifest | None, step: int, apart: bool) -> str:
+def render(template: str, run: StoredRun, apart: bool, **more) -> str:
   """Markdown with the hub's front matter.
 
   Args:
-    manifest: of the records that it was trained on, None for weights that were not trained here.
-    step: of the checkpoint.
-    apart: without the language model's weights.
+    template: name of a file beside this one.
+    apart: whether the language model's weights are left out.
+    more: what the template needs besides.
   """
-  environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATE.parent), undefined=jinja2.StrictUndefined,
-                                   trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-  return environment.get_template(_TEMPLATE.name).render(
-      config=config, manifest=manifest, step=step, apart=apart, align=config.stage == "align",
-      refiner=manifest.refiner.get("name", "unnamed") if manifest else None, adapter=lyrics_names.ADAPTER,
-      training=lyrics_names.TRAINING, settings=config.to_json())
+  environment = jinja2.Environment(loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+                                   undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                                   keep_trailing_newline=True)
+  manifest = run.manifest
+  return environment.get_template(template).render(
+      config=run.config, model=run.config.stage.model, manifest=manifest, step=run.step, apart=apart, adapter=ADAPTER,
+      refiner=manifest.refiner.get("name", "unnamed") if manifest else None, training=TRAINING,
+      language_model=_language_model(run, apart), settings=run.config.to_json(), **more)
+
+
+def _language_model(run: StoredRun, apart: bool) -> str:
+  """How the language model was trained; empty for a model without one."""
+  paths = [path for path in run.parameters.shapes if path.startswith("llm/")]
+  if not paths:
+    return ""
+  trained = set(run.parameters.paths(trained=True))
+  full = any(path in trained and not is_lora(path) for path in paths)
+  words = "trained" if full else "frozen"
+  if any(is_lora(path) for path in paths):
+    words += f", with LoRA in {ADAPTER}/" if apart else ", with LoRA merged"
+  return words

@@ -1,55 +1,146 @@
-"""How parameters of ours are made of tensors of a file, and what became of both: the machinery of every name table."""
+"""What every table of names is made of: how parameters of ours are made of tensors in files.
+
+A `Form` says how one array lies in a file. An `Entry` says which tensors make up one parameter. `Names` is the table of
+one part of the model, and makes the entries of its parameters. An `Origin` is what a file or directory has for a model.
+"""
 
 import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
-from lyrics_jax.weights.read import Index, Tensor
+from lyrics_jax.models.layers.int8 import SCALE
 from refiner_export.common.settings import require
+from refiner_export.common.weight_files import Index, Tensor
 
 Shape = tuple[int, ...]
-UNKNOWN = "unknown"
+Shapes = Mapping[str, jax.ShapeDtypeStruct]  # by path; every matrix is a kernel [..., n, m]
+UNKNOWN = "unknown"  # the reason of tensors that are left over without a reason
 
+
+# --- forms: how one array lies in a file ---
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """How an array of ours lies in a file: `shape` is its shape there, `take` gets ours from what lies there.
+  """An array that lies in the file as it is here. Subclasses say how it lies otherwise."""
 
-  Where `shape` only reorders axes, so does `take`, and parts of the array can be read.
+  def shape(self, ours: Shape) -> Shape:
+    """The shape in the file of an array that has shape `ours` here."""
+    return ours
+
+  def take(self, there: np.ndarray) -> np.ndarray:
+    """Our array, made of the array in the file."""
+    return there
+
+  def give(self, ours: np.ndarray) -> np.ndarray:
+    """The array in the file, made of ours: the inverse of `take`."""
+    return ours
+
+  def axes(self, dimensions: int) -> Sequence[int] | None:
+    """For each axis in the file, the axis of ours that it is. None where `take` does more than reorder axes."""
+    return range(dimensions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transposed(Form):
+  """Our kernel [n, m] is a weight [m, n] in the file, as PyTorch has it."""
+
+  def shape(self, ours: Shape) -> Shape:
+    return ours[::-1]
+
+  def take(self, there: np.ndarray) -> np.ndarray:
+    return there.T
+
+  def give(self, ours: np.ndarray) -> np.ndarray:
+    return ours.T
+
+  def axes(self, dimensions: int) -> Sequence[int]:
+    return range(dimensions)[::-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Behind(Form):
+  """In the file, `count` axes of length 1 stand before ours."""
+  count: int
+
+  def shape(self, ours: Shape) -> Shape:
+    return (1,) * self.count + ours
+
+  def take(self, there: np.ndarray) -> np.ndarray:
+    return there.reshape(there.shape[self.count:])
+
+  def give(self, ours: np.ndarray) -> np.ndarray:
+    return ours.reshape(self.shape(ours.shape))
+
+  def axes(self, dimensions: int) -> None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch(Form):
+  """The linear map of patches: [p * p * 3, D] here, a convolution [D, 3, p, p] in the file."""
+
+  def shape(self, ours: Shape) -> Shape:
+    side = math.isqrt(ours[0] // 3)
+    return (ours[1], 3, side, side)
+
+  def take(self, there: np.ndarray) -> np.ndarray:
+    return there.transpose(2, 3, 1, 0).reshape(-1, len(there))
+
+  def give(self, ours: np.ndarray) -> np.ndarray:
+    width, channels, side, _ = self.shape(ours.shape)
+    return ours.T.reshape(width, side, side, channels).transpose(0, 3, 1, 2)
+
+  def axes(self, dimensions: int) -> None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Third(Form):
+  """One tensor holds the weights, another the biases, of query, key and value below each other. Ours is one of the
+  three.
+
+  There is no `give`, because it would need all three.
   """
-  shape: Callable[[Shape], Shape]
-  take: Callable[[np.ndarray], np.ndarray]
+  number: int
 
-  def order(self, dimensions: int) -> tuple[int, ...] | None:
-    """Which axis of ours each axis in the file is; None where it is more than a reordering of axes."""
-    ours = tuple(range(2, 2 + dimensions))  # sizes that tell the axes apart
-    theirs = self.shape(ours)
-    return tuple(ours.index(size) for size in theirs) if sorted(theirs) == list(ours) else None
+  def shape(self, ours: Shape) -> Shape:
+    return (3 * ours[-1], *ours[:-1])
+
+  def take(self, there: np.ndarray) -> np.ndarray:
+    return np.split(there, 3)[self.number].T
+
+  def give(self, ours: np.ndarray) -> np.ndarray:
+    raise NotImplementedError
+
+  def axes(self, dimensions: int) -> None:
+    return None
 
 
-PLAIN = Form(lambda shape: shape, lambda a: a)
-TRANSPOSED = Form(lambda shape: shape[::-1], lambda a: a.T)
-FIRST = Form(lambda shape: (1, *shape), lambda a: a[0])  # behind an axis of length 1
-PATCH = Form(lambda shape: (shape[1], 3, *[math.isqrt(shape[0] // 3)] * 2),  # [D, 3, p, p] <-> [p * p * 3, D]
-             lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]))
-# One tensor holds the kernels, another the biases, of query, key and value below each other.
-THIRDS = {name: Form(lambda shape: (3 * shape[-1], *shape[:-1]), lambda a, n=n: np.split(a, 3)[n].T)
-          for n, name in enumerate("qkv")}
+PLAIN, TRANSPOSED, PATCH = Form(), Transposed(), Patch()
+THIRDS = {"q": Third(0), "k": Third(1), "v": Third(2)}
+# Our name of a parameter within its module -> the name in PyTorch's modules, and the form there.
 LEAVES = {"kernel": ("weight", TRANSPOSED), "embedding": ("weight", PLAIN), "scale": ("weight", PLAIN),
-          "bias": ("bias", PLAIN)}
+          "bias": ("bias", PLAIN), "lora_a": ("lora_A.weight", TRANSPOSED), "lora_b": ("lora_B.weight", TRANSPOSED)}
 
+
+# --- entries: which tensors make up one parameter ---
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
   """One parameter of ours.
 
-  `names`: its tensors; one per layer of a stack, in order, when `stacked`. `shape`: ours, of a single layer.
-  `fewer_rows`: the file may have fewer rows, which are then our first ones.
+  Attributes:
+    names: its tensors: one, or one per layer of a stack, in the order of the layers.
+    form: of each tensor.
+    shape: ours; of a single layer when `stacked`.
+    stacked: whether our parameter has a leading axis, the layers.
+    fewer_rows: whether the file may have fewer rows. They are then our first ones.
   """
   names: tuple[str, ...]
   form: Form
@@ -58,144 +149,282 @@ class Entry:
   fewer_rows: bool = False
 
   def fits(self, there: Shape) -> bool:
+    """Whether a tensor of this shape can be read."""
     expected = self.form.shape(self.shape)
     if self.fewer_rows and len(there) == len(expected):
       return there[0] <= expected[0] and there[1:] == expected[1:]
     return there == expected
 
-  def read(self, tensors: Mapping[str, Tensor], index: Index | None = None, dtype: np.dtype | None = None):
-    """Ours, or the part of it that `index`, a slice per axis of ours, selects, in this dtype or in the file's.
+  def read(self, tensors: Mapping[str, Tensor], index: Index | None = None,
+           dtype: np.dtype | None = None) -> np.ndarray:
+    """Our parameter, in this dtype or in that of the file.
 
-    One layer is in memory at a time besides the result, and of it only what `index` selects (see `Form.order`).
+    Besides the result, one layer is in memory at a time. Where the form only reorders axes, it is the part of the layer
+    that `index` selects.
+
+    Args:
+      index: a slice for each axis of ours; None selects everything.
     """
-    index = (slice(None),) * (len(self.shape) + self.stacked) if index is None else index
+    if index is None:
+      index = (slice(None),) * (len(self.shape) + self.stacked)
     if not self.stacked:
-      return self._read_one(tensors[self.names[0]], index, dtype)
-    names, result = self.names[index[0]], None
+      return self._read_tensor(tensors[self.names[0]], index, dtype)
+    names = self.names[index[0]]
+    first = self._read_tensor(tensors[names[0]], index[1:], dtype)
     if len(names) == 1:
-      return self._read_one(tensors[names[0]], index[1:], dtype)[None]
-    for place, name in enumerate(names):
-      value = self._read_one(tensors[name], index[1:], dtype)
-      if result is None:
-        result = np.empty((len(names), *value.shape), value.dtype)
-      result[place] = value
+      return first[None]
+    result = np.empty((len(names), *first.shape), first.dtype)
+    result[0] = first
+    del first
+    for layer, name in enumerate(names[1:], start=1):
+      result[layer] = self._read_tensor(tensors[name], index[1:], dtype)
     return result
 
-  def _read_one(self, tensor: Tensor, index: Index, dtype: np.dtype | None) -> np.ndarray:
-    order = self.form.order(len(index))
-    if order is None:
+  def _read_tensor(self, tensor: Tensor, index: Index, dtype: np.dtype | None) -> np.ndarray:
+    axes = self.form.axes(len(index))
+    if axes is None:
       value = self.form.take(tensor.read())[index]
     else:
-      value = self.form.take(tensor.read(tuple(index[axis] for axis in order)))
+      value = self.form.take(tensor.read(tuple(index[axis] for axis in axes)))
     return value if dtype is None else value.astype(dtype, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Made(Entry):
-  """A parameter of ours that no file has: `value` is what stands in its place in the source's model."""
+  """A parameter of ours that no file has. `value` makes our model compute what the published one does."""
   value: np.ndarray | None = None
 
-  def read(self, tensors: Mapping[str, Tensor], index: Index | None = None, dtype: np.dtype | None = None):
+  def read(self, tensors: Mapping[str, Tensor], index: Index | None = None,
+           dtype: np.dtype | None = None) -> np.ndarray:
     value = self.value if index is None else self.value[index]
     return value if dtype is None else value.astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-  """What a source has for a model.
+class Names:
+  """The names in a file of one part of our model, whose layers lie in one stack here.
 
-  `values`: by our path; one with fewer rows than ours fills the first of them. `left_over`: the source's names that have
-  no place here, by reason; those under `UNKNOWN` are not expected there at all.
+  Attributes:
+    root: our path of the part, such as "vision". parameters: our path below the root -> name and form of a parameter
+    whose name in the file is not made of its module's. modules: our path below the root -> module in the file.
+    layers: the name in the file that stands before a layer's number. layer: our path of a module within a layer ->
+    what stands before "weight" or "bias" in the file, the dot included. forms: our path of a module within a layer ->
+    form of its weight and bias, where it is not that of `LEAVES`.
   """
-  values: Mapping[str, np.ndarray | jax.Array]
-  left_over: Mapping[str, list[str]]
+  root: str
+  parameters: Mapping[str, tuple[str, Form]]
+  modules: Mapping[str, str]
+  layers: str
+  layer: Mapping[str, str]
+  forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
 
-  def report(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> str:
-    """Numbers loaded and initialised by part of the model, and the tensors left over by reason, for a person."""
-    lines = [f"{'part':32}{'loaded':>16}{'initialised':>16}"]
-    loaded, all_ = Counter(), Counter()
+  def entries(self, shapes: Shapes, prefix: str = "", groups: int | None = None) -> dict[str, Entry]:
+    """The entries of those of our parameters that this table knows, by path.
+
+    Args:
+      shapes: of our parameters, by path; others than those of this part do not matter.
+      prefix: what stands in the file before all names of the part.
+      groups: in a Q-Former one stack holds the first layer of each group of layers, another stack the second layer, and
+        so on. `groups` is the number of layers in a group; None where there is only one stack.
+    """
+    result = {}
     for path, shape in shapes.items():
-      all_[part(path)] += math.prod(shape.shape)
-      loaded[part(path)] += math.prod(self.values[path].shape) if path in self.values else 0
-    lines += [f"{name:32}{loaded[name]:16,}{count - loaded[name]:16,}" for name, count in all_.items()]
-    lines.append(f"{'all':32}{loaded.total():16,}{all_.total() - loaded.total():16,}")
-    for reason, names in self.left_over.items():
-      tops = Counter(re.split(r"[./]", name)[0] for name in names)
-      lines.append(f"left over, {reason}: {', '.join(f'{top} ({count})' for top, count in tops.items())}")
-    return "\n".join(lines)
+      if path.startswith(f"{self.root}/"):
+        entry = self._entry(path.removeprefix(f"{self.root}/"), shape.shape, prefix, groups)
+        if entry is not None:
+          result[path] = entry
+    return result
+
+  def _entry(self, inner: str, shape: Shape, prefix: str, groups: int | None) -> Entry | None:
+    if inner in self.parameters:
+      name, form = self.parameters[inner]
+      return Entry((prefix + name,), form, shape)
+    module, _, leaf = inner.rpartition("/")
+    if leaf not in LEAVES:
+      return None
+    suffix, form = LEAVES[leaf]
+    if not module.startswith("stack/blocks/"):
+      known = module in self.modules
+      return Entry((f"{prefix}{self.modules[module]}.{suffix}",), form, shape) if known else None
+    module, first, step = module.removeprefix("stack/blocks/"), 0, 1
+    if groups is not None:
+      place, module = re.fullmatch(r"layers/(\d+)/(.*)", module).groups()
+      first, step = int(place), groups
+    if module not in self.layer:
+      return None
+    names = []
+    for group in range(shape[0]):
+      names.append(f"{prefix}{self.layers}.{first + step * group}.{self.layer[module]}{suffix}")
+    return Entry(tuple(names), self.forms.get(module, form), shape[1:], stacked=True)
 
 
-def part(path: str) -> str:
-  """The part of the model that a parameter belongs to: `vision`, `mq_former/visual_attention`, `lm_head`."""
-  parts = re.sub(r"^perception/|stack/blocks/|layers/\d+/", "", path).split("/")
-  return "/".join(parts[:2] if parts[0] == "mq_former" else parts[:1])
+# --- origins: what a file or directory has for a model ---
+
+def component(path: str) -> str:
+  """The piece of a model that a file has as a whole or not at all: `vision`, `former/visual_attention`, `lm_head`.
+
+  Pieces are finer than the parts of `training.parameters.part`, because BLIP-2's files may lack pieces of a Q-Former.
+  """
+  pieces = re.sub(r"^connector/|stack/blocks/|layers/\d+/", "", path).split("/")
+  return "/".join(pieces[:2] if pieces[0] == "former" else pieces[:1])
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """What weight files have for a model, still lying in them.
+class Origin:
+  """What weight files have for a model. Nothing is in memory until it is read.
 
-  `entries`: by our path, checked to fit the tensors, which are by the names that the entries give them. `left_over`: as in
-  `Found`.
+  Attributes:
+    name: the file or directory, for messages.
+    tensors: by the names that the entries give them.
+    entries: by our path. `account` has checked that they fit the tensors.
+    left_over: why tensors have no place in our model -> their names. `UNKNOWN` stands for no reason.
   """
   name: str
   tensors: Mapping[str, Tensor]
   entries: Mapping[str, Entry]
   left_over: Mapping[str, list[str]]
 
+  @property
+  def unknown(self) -> list[str]:
+    """The tensors that such files are not expected to have."""
+    return self.left_over.get(UNKNOWN, [])
+
+  def paths(self) -> list[str]:
+    """Our parameters that are here, wholly or with fewer rows."""
+    return list(self.entries)
+
   def shape(self, path: str) -> Shape:
-    """The shape in which `read` gives our parameter: ours, or with fewer rows."""
+    """The shape in which `read` gives our parameter: ours, or fewer rows."""
     entry = self.entries[path]
     if entry.fewer_rows:
       return (self.tensors[entry.names[0]].shape[0], *entry.shape[1:])
     return (len(entry.names), *entry.shape) if entry.stacked else entry.shape
 
-  def read(self, path: str, index: Index | None = None, dtype: np.dtype | None = None) -> np.ndarray:
-    """As `Entry.read`, of our parameter with this path."""
-    return self.entries[path].read(self.tensors, index, dtype)
+  def read(self, path: str, sharding: NamedSharding | None = None, dtype: np.dtype | None = None,
+           transposed: bool = False) -> np.ndarray | jax.Array:
+    """Our parameter with this path.
+
+    Args:
+      sharding: where the parameter is laid out as a `jax.Array`, of which each process reads only what its own devices
+        hold. None gives an array of NumPy.
+      dtype: None gives that of the file.
+      transposed: whether the last two axes change places. `sharding` is then that of the turned array.
+    """
+    shape = self.shape(path)
+    shape = _turned(shape) if transposed else shape
+    pieces = {}  # devices that hold the same part share what is read
+
+    def piece(index: Index) -> np.ndarray:
+      key = str(index)
+      if key not in pieces:
+        inside = _turned(index) if transposed else index
+        value = self.entries[path].read(self.tensors, inside, dtype)
+        pieces[key] = value.swapaxes(-1, -2) if transposed else value
+      return pieces[key]
+
+    if sharding is None:
+      return piece((slice(None),) * len(shape))
+    return jax.make_array_from_callback(shape, sharding, piece)
 
   def tensor(self, path: str, dtype: np.dtype) -> Tensor:
     """Our parameter with this path, in this dtype, still unread."""
-    return Tensor(path, self.shape(path), np.dtype(dtype), lambda index: self.read(path, index, dtype))
+    def fetch(index: Index) -> np.ndarray:
+      return self.entries[path].read(self.tensors, index, dtype)
+
+    return Tensor(path, self.shape(path), np.dtype(dtype), fetch)
 
   def require_known(self) -> None:
-    """Raises `UserError` when there is a tensor that such weights do not have."""
-    unknown = self.left_over.get(UNKNOWN, [])
-    require(not unknown, f"{self.name}: unexpected tensor {next(iter(unknown), '')} ({len(unknown)} in all): these are not "
-                         "the weights of such a model alone")
+    """Raises `UserError` when there is a tensor that such files are not expected to have."""
+    require(not self.unknown, f"{self.name}: unexpected tensor {next(iter(self.unknown), '')} ({len(self.unknown)} in "
+                              "all): these are not the weights of such a model alone")
 
-  def found(self) -> Found:
-    """Everything, read."""
-    return Found({path: self.read(path) for path in self.entries}, self.left_over)
+  def report(self, shapes: Shapes) -> str:
+    """What became of our parameters and of the tensors, for a person."""
+    loaded = {}
+    for path in self.entries:
+      loaded[path] = self.shape(path)
+    return report(shapes, loaded, self.left_over)
 
 
-def account(source: str, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry], required: Callable[[str], bool],
-            remedy: Callable[[str, Shape, Shape], str], reasons: Mapping[str, str]) -> Source:
-  """Checks that our parameters can be made of the tensors of `source`, and says what becomes of the other tensors.
+def _turned(axes: tuple) -> tuple:
+  return (*axes[:-2], axes[-1], axes[-2])
+
+
+def report(shapes: Shapes, loaded: Mapping[str, Shape], left_over: Mapping[str, list[str]]) -> str:
+  """How many numbers of each component are loaded and initialised, and how many tensors are left over for each reason.
 
   Args:
-    entries: by our path. Those of a part (see `part`) are all there or none of them; `required` parts must be.
-    remedy: (our path, the tensor's shape, the shape needed) -> what a person should do when these differ.
-    reasons: why a tensor is left over -> pattern of such names; of several that fit the last one counts.
+    shapes: of our parameters, by path. Scales of int8 kernels are not counted: each comes with its kernel.
+    loaded: shapes of what is loaded, by path.
+    left_over: as in `Origin`.
+  """
+  loaded_numbers, all_numbers = Counter(), Counter()
+  for path, shape in shapes.items():
+    if not path.endswith(SCALE):
+      all_numbers[component(path)] += math.prod(shape.shape)
+      loaded_numbers[component(path)] += math.prod(loaded[path]) if path in loaded else 0
+  lines = [f"{'part':32}{'loaded':>16}{'initialised':>16}"]
+  for name, count in all_numbers.items():
+    lines.append(f"{name:32}{loaded_numbers[name]:16,}{count - loaded_numbers[name]:16,}")
+  total, of_all = loaded_numbers.total(), all_numbers.total()
+  lines.append(f"{'all':32}{total:16,}{of_all - total:16,}")
+  for reason, names in left_over.items():
+    tops = Counter(re.split(r"[./]", name)[0] for name in names)
+    counts = ", ".join(f"{top} ({count})" for top, count in tops.items())
+    lines.append(f"left over, {reason}: {counts}")
+  return "\n".join(lines)
+
+
+def account(name: str, tensors: Mapping[str, Tensor], entries: Mapping[str, Entry], required: Callable[[str], bool],
+            remedy: Callable[[str, Shape, Shape], str], reasons: Mapping[str, str]) -> Origin:
+  """Checks that our parameters can be made of the tensors of a file, and says what becomes of its other tensors.
+
+  Args:
+    name: the file or directory.
+    entries: by our path. A file has all parameters of a component or none.
+    required: whether a component must be in the file.
+    remedy: (our path, the tensor's shape, the shape that is needed) -> what a person should do when these differ.
+    reasons: why a tensor is left over -> pattern of such names. The last pattern that fits counts.
 
   Raises:
     UserError: a tensor is missing or has another shape.
   """
-  present = {part(path) for path, entry in entries.items() if any(name in tensors for name in entry.names)}
-  wanted = {path: entry for path, entry in entries.items() if part(path) in present or required(part(path))}
-  missing = [name for entry in wanted.values() for name in entry.names if name not in tensors]
-  require(not missing, f"{source}: tensor {next(iter(missing), '')} is missing ({len(missing)} in all); the file is not "
-                       f"complete, save or download it again")
+  wanted = _wanted(tensors, entries, required)
+  missing, used = [], set()
+  for entry in wanted.values():
+    used.update(entry.names)
+    missing += [tensor for tensor in entry.names if tensor not in tensors]
+  require(not missing, f"{name}: tensor {next(iter(missing), '')} is missing ({len(missing)} in all); the file is not "
+                       "complete, save or download it again")
   for path, entry in wanted.items():
-    for name in entry.names:
-      tensor = tensors[name]
-      expected = entry.form.shape(entry.shape)
-      require(entry.fits(tensor.shape), f"{source}: tensor {tensor.name} has shape {tensor.shape}, this model needs "
-                                        f"{expected}; {remedy(path, tensor.shape, expected)}")
-  used = {name for entry in wanted.values() for name in entry.names}
+    expected = entry.form.shape(entry.shape)
+    for tensor in entry.names:
+      there = tensors[tensor].shape
+      require(entry.fits(there), f"{name}: tensor {tensors[tensor].name} has shape {there}, this model needs "
+                                 f"{expected}; {remedy(path, there, expected)}")
   left_over = {}
-  for name, tensor in tensors.items():
-    if name not in used:
-      reason = next((reason for reason, pattern in reversed(reasons.items()) if re.fullmatch(pattern, name)), UNKNOWN)
-      left_over.setdefault(reason, []).append(tensor.name)
-  return Source(source, tensors, wanted, left_over)
+  for key, tensor in tensors.items():
+    if key not in used:
+      left_over.setdefault(_reason(key, reasons), []).append(tensor.name)
+  return Origin(name, tensors, wanted, left_over)
+
+
+def _wanted(tensors: Mapping[str, Tensor], entries: Mapping[str, Entry],
+            required: Callable[[str], bool]) -> dict[str, Entry]:
+  """The entries of components that are required, or of which the file has something."""
+  present = set()
+  for path, entry in entries.items():
+    if not tensors.keys().isdisjoint(entry.names):
+      present.add(component(path))
+  wanted = {}
+  for path, entry in entries.items():
+    if component(path) in present or required(component(path)):
+      wanted[path] = entry
+  return wanted
+
+
+def _reason(name: str, reasons: Mapping[str, str]) -> str:
+  for reason, pattern in reversed(reasons.items()):
+    if re.fullmatch(pattern, name):
+      return reason
+  return UNKNOWN

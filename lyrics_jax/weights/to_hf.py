@@ -3,33 +3,27 @@
 `export` reads and writes one tensor at a time, or where a chunk of the checkpoint holds more layers, that many.
 """
 
-import functools
-import json
+import dataclasses
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import numpy as np
-import tokenizers
 from absl import logging
 
-from lyrics_jax.config import Config
-from lyrics_jax.data.tokenizers import load_llm_tokenizer, load_mq_former_tokenizer
-from lyrics_jax import torch_model
 from lyrics_jax.weights import hf_settings
-from lyrics_jax.weights import lyrics_names
-from lyrics_jax.weights import model_card
-from lyrics_jax.weights.lyrics_names import ADAPTER, ADAPTER_FILE, TRAINING
-from lyrics_jax.weights.read import INDEX, SINGLE, Index, Tensor
+from lyrics_jax.weights.formats import format_of
+from lyrics_jax.weights.hf_files import write_json
+from lyrics_jax.weights.llama_names import ADAPTER, ADAPTER_FILE, adapter_entries, is_lora
+from lyrics_jax.weights.model_card import TRAINING
 from lyrics_jax.weights.stored import StoredRun
 from lyrics_jax.weights.stream import write_safetensors
 from lyrics_jax.weights.table import Entry
 from refiner_export.common.settings import require
+from refiner_export.common.weight_files import INDEX, SINGLE, Index, Tensor
 
 SHARD_BYTES = 2**31
-MQ_FORMER_TOKENIZER = "mq_former_tokenizer"  # directory of that tokenizer inside the exported one
-MODULES = ("configuration_lyrics.py", "modeling_lyrics.py", "processing_lyrics.py")  # copied as they are
 
 LoRA = Literal["merge", "adapter"]
 Tensors = Mapping[str, Tensor]
@@ -39,73 +33,92 @@ def export(checkpoint: str, output: str, lora: LoRA = "merge") -> None:
   """Writes the directory `output`, all or nothing.
 
   Args:
-    checkpoint: the output directory of a run of either stage.
+    checkpoint: the output directory of a run.
     lora: "merge" adds LoRA's product to the kernels, rounded to the dtype in which they are stored. "adapter" leaves
-      the language model out: the directory then has image encoder, MQ-Former and projection, and LoRA in PEFT's form
-      in `adapter/`, for a LLaMA of the user's own.
+      the language model out: the directory then has the other parts, and LoRA in PEFT's form in `adapter/`, for a LLaMA
+      of the user's own.
 
   Raises:
-    UserError: no such run, `output` exists, or "adapter" of a run without LoRA.
+    UserError: no such run, `output` exists, no class of transformers for such a model, or "adapter" of a run without
+      LoRA.
   """
   target = pathlib.Path(output)
   require(not target.exists(), f"{output} already exists: remove it, or name another directory")
   run = StoredRun(checkpoint)
-  config, shapes = run.config, run.plan.shapes
   apart = lora == "adapter"
-  require(not apart or any(map(lyrics_names.is_lora, shapes)),
+  require(not apart or any(map(is_lora, run.parameters.shapes)),
           f"{checkpoint} has no LoRA, so there is no adapter to write: use --lora=merge")
   temporary = target.with_name(f".{target.name}.partial")
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
   try:
-    # --- weights ---
-    entries = lyrics_names.entries(config.model, shapes)
-    kept = {path: entry for path, entry in entries.items() if not (apart and path.startswith("llm/"))}
-    _write_shards(temporary, _tensors(run, kept, merged=not apart))
-    if apart:
-      (temporary / ADAPTER).mkdir()
-      adapter = lyrics_names.adapter_entries(config.model, shapes)
-      write_safetensors(temporary / ADAPTER / ADAPTER_FILE, _tensors(run, adapter))
-      _write_json(temporary / ADAPTER / "adapter_config.json", hf_settings.adapter_settings(config))
-
-    # --- everything else ---
-    _write_json(temporary / "config.json", hf_settings.model_settings(config, apart))
-    _write_json(temporary / hf_settings.PROCESSOR, hf_settings.processor_settings(config))
-    write_tokenizers(temporary, config)
-    (temporary / TRAINING).mkdir()
-    (temporary / TRAINING / "config.json").write_text(config.to_json() + "\n")
-    if run.manifest is not None:
-      run.manifest.save(temporary / TRAINING)
-    (temporary / "README.md").write_text(model_card.render(config, run.manifest, run.step, apart))
-    for name in MODULES:
-      shutil.copyfile(pathlib.Path(torch_model.__file__).with_name(name), temporary / name)
+    _write(run, apart, temporary)
     temporary.rename(target)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
   logging.info("written: %s, step %d of %s", output, run.step, checkpoint)
 
 
+def _write(run: StoredRun, apart: bool, directory: pathlib.Path) -> None:
+  """Writes everything into an empty directory."""
+  form = format_of(run.config, apart)
+  write_json(directory / "config.json", form.settings())
+  form.write_files(directory)
+
+  # --- weights ---
+  shapes, model = run.parameters.shapes, run.config.stage.model
+  entries = form.entries(shapes)
+  if apart:
+    entries = {path: entry for path, entry in entries.items() if not path.startswith("llm/")}
+    (directory / ADAPTER).mkdir()
+    write_safetensors(directory / ADAPTER / ADAPTER_FILE, _tensors(run, adapter_entries(shapes)))
+    write_json(directory / ADAPTER / "adapter_config.json", hf_settings.adapter_settings(model.llm.lora))
+  _write_shards(directory, _tensors(run, entries, merged=not apart) | form.constants())
+
+  # --- where it comes from ---
+  (directory / TRAINING).mkdir()
+  (directory / TRAINING / "config.json").write_text(run.config.to_json() + "\n")
+  if run.manifest is not None:
+    run.manifest.save(directory / TRAINING)
+  (directory / "README.md").write_text(form.card(run))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fetch:
+  """Reads a part of a tensor of the exported directory out of a run."""
+  run: StoredRun
+  path: str
+  entry: Entry
+  layer: int | None
+  merged: bool
+
+  def __call__(self, index: Index) -> np.ndarray:
+    return self.entry.form.give(self.run.read(self.path, self.layer, self.merged))[index]
+
+
 def _tensors(run: StoredRun, entries: Mapping[str, Entry], merged: bool = False) -> dict[str, Tensor]:
   """What a run's parameters, by path, become in the file, by name there; the layers of a stack in order."""
-  def fetch(path: str, layer: int | None, index: Index) -> np.ndarray:
-    return entries[path].form.give(run.read(path, layer, merged))[index]
-
-  return {name: Tensor(name, entry.form.shape(entry.shape), run.dtype(path),
-                       functools.partial(fetch, path, layer if entry.stacked else None))
-          for path, entry in entries.items() for layer, name in enumerate(entry.names)}
+  tensors = {}
+  for path, entry in entries.items():
+    for layer, name in enumerate(entry.names):
+      fetch = _Fetch(run, path, entry, layer if entry.stacked else None, merged)
+      tensors[name] = Tensor(name, entry.form.shape(entry.shape), run.dtype(path), fetch)
+  return tensors
 
 
 def _write_shards(directory: pathlib.Path, tensors: Tensors) -> None:
   """`model.safetensors`, or shards and their index."""
   shards = list(_shards(tensors))
-  files = [SINGLE] if len(shards) == 1 else [
-      f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
-  for file, shard in zip(files, shards):
+  if len(shards) == 1:
+    write_safetensors(directory / SINGLE, tensors)
+    return
+  weight_map, total = {}, 0
+  for number, shard in enumerate(shards, start=1):
+    file = f"model-{number:05}-of-{len(shards):05}.safetensors"
     write_safetensors(directory / file, shard)
-  if len(files) > 1:
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    weight_map |= dict.fromkeys(shard, file)
+    total += sum(tensor.nbytes for tensor in shard.values())
+  write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _shards(tensors: Tensors) -> Iterator[Tensors]:
@@ -118,30 +131,3 @@ def _shards(tensors: Tensors) -> Iterator[Tensors]:
     shard[name] = tensor
     size += tensor.nbytes
   yield shard
-
-
-def write_tokenizers(directory: pathlib.Path, config: Config) -> None:
-  """The tokenizers as training used them, added tokens included."""
-  former = load_mq_former_tokenizer(config.data.mq_former_tokenizer)
-  special = {"pad_token": former.pad, "cls_token": former.cls, "sep_token": former.sep, "mask_token": former.mask,
-             "unk_token": former.backend.token_to_id("[UNK]")}
-  _write_tokenizer(directory / MQ_FORMER_TOKENIZER, former.backend, special, padding_side="right")
-  if config.stage == "instruct":
-    llm = load_llm_tokenizer(config.data.llm_tokenizer)
-    special = {"bos_token": llm.bos, "eos_token": llm.eos, "pad_token": llm.pad}
-    _write_tokenizer(directory, llm.backend, special, padding_side="left",
-                     model_max_length=config.model.llm.max_positions)
-    _write_json(directory / "generation_config.json", hf_settings.generation_settings(llm))
-
-
-def _write_tokenizer(directory: pathlib.Path, backend: tokenizers.Tokenizer, special: dict[str, int], **more) -> None:
-  """tokenizer.json, for `PreTrainedTokenizerFast`: it rebuilds nothing from its parts, as more special classes do."""
-  directory.mkdir(exist_ok=True)
-  backend.save(str(directory / "tokenizer.json"))
-  _write_json(directory / "tokenizer_config.json", {
-      "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-      **{name: backend.id_to_token(index) for name, index in special.items()}, **more})
-
-
-def _write_json(path: pathlib.Path, values: dict) -> None:
-  path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")

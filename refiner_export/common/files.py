@@ -1,4 +1,4 @@
-"""Files as both packages write and compare them: whole or not at all, told apart by their SHA-256."""
+"""How both packages write and compare files: a file is written whole or not at all, and SHA-256 tells files apart."""
 
 import hashlib
 import os
@@ -7,11 +7,11 @@ from etils import epath
 
 from refiner_export.common.unfinished import unfinished_path
 
-_CHUNK = 1 << 20  # bytes read at once to hash a file
+_CHUNK = 1 << 20  # bytes that are read at once to hash a file
 
 
 def hash_file(path: epath.Path) -> str:
-  """SHA-256 in hex."""
+  """The SHA-256 of a file, in hex."""
   digest = hashlib.sha256()
   with path.open("rb") as file:
     while data := file.read(_CHUNK):
@@ -20,11 +20,12 @@ def hash_file(path: epath.Path) -> str:
 
 
 def write_atomically(path: epath.Path, data: bytes) -> None:
-  """Writes under a temporary name in the same folder, then renames: nobody ever sees half a file."""
+  """Writes under a temporary name in the same folder, then renames. So nobody ever sees half a file."""
   unfinished = unfinished_path(path)
   unfinished.write_bytes(data)
   unfinished.replace(path)
 
 
 def is_local(path: epath.Path) -> bool:
+  """Whether the path is on a disk, not in an object store such as gs://."""
   return "://" not in os.fspath(path)

@@ -1,7 +1,7 @@
-"""Files that are being written: under names that nobody else takes, and removed when their writer has died.
+"""Files that are being written. Each has a name that nobody else takes, and is removed when its writer has died.
 
-Whoever makes a file writes it under `unfinished_path` and renames it: nobody ever sees half of it, and of two processes
-that write the same one, the last to end wins.
+A process writes a file under `unfinished_path` and then renames it, so nobody ever sees half of it. When two processes
+write the same file, the one that ends last wins.
 """
 
 import itertools
@@ -13,22 +13,23 @@ import uuid
 
 from etils import epath
 
-_OLD = 24 * 3600  # seconds since the last write, after which the process of another machine is taken for dead
-_PROCESS = uuid.uuid4().hex[:8]  # a restarted container often has the host name and the process id of the one before
+_OLD = 24 * 3600  # a process of another machine counts as dead when it has not written for so many seconds
+_PROCESS = uuid.uuid4().hex[:8]  # a restarted container often has the same host name and process id as before
 _COUNT = itertools.count()
 _NAME = re.compile(r"\.unfinished\.(?P<host>.+)\+(?P<pid>\d+)\+(?P<process>[0-9a-f]{8})\+\d+\..+")
 
 
 def unfinished_path(path: epath.PathLike) -> epath.Path:
-  """A hidden name in the same folder, another one at each call in any process on any machine."""
+  """A hidden name in the same folder. No two calls give the same name, in any process on any machine."""
   path = epath.Path(path)
   return path.parent / f".unfinished.{_host()}+{os.getpid()}+{_PROCESS}+{next(_COUNT)}.{path.name}"
 
 
 def remove_abandoned(directory: epath.PathLike) -> None:
-  """Removes what processes left that no longer run; of other machines, what nobody has written to for a day.
+  """Removes the unfinished files of processes that no longer run.
 
-  Object stores are left alone: they keep nothing half-written, and fsspec would remember a list of what they hold for
+  This machine cannot see the processes of other machines: their files go when nobody has written to them for a day.
+  Object stores are left alone: they keep nothing half-written, and fsspec would remember a list of their files for
   longer than it is true.
   """
   if "://" in os.fspath(directory):
@@ -44,7 +45,7 @@ def _is_abandoned(path: epath.Path, host: str, pid: int, process: str) -> bool:
     return process != _PROCESS if pid == os.getpid() else not _is_running(pid)
   try:
     written = path.stat().mtime
-  except FileNotFoundError:  # finished in this moment
+  except FileNotFoundError:  # its writer has just renamed it
     return False
   return written < time.time() - _OLD
 
@@ -54,16 +55,16 @@ def _is_running(pid: int) -> bool:
     os.kill(pid, 0)
   except ProcessLookupError:
     return False
-  except PermissionError:  # it runs, as another user
+  except PermissionError:  # another user runs it
     return True
   return not _has_ended(pid)
 
 
 def _has_ended(pid: int) -> bool:
-  """Whether the process only waits to be asked for its exit code; in a container there may be nobody who ever asks."""
+  """Whether the process has ended and waits until its parent reads the exit code. In a container nobody may read it."""
   try:
     state = epath.Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
-  except OSError:  # not Linux, or gone in this moment
+  except OSError:  # this is not Linux, or the process has just gone
     return False
   return state in (b"Z", b"X")
 

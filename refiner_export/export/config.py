@@ -1,28 +1,30 @@
-"""The configuration of an export. Importing it needs no torch: a neural refiner is imported by who uses one."""
+"""The configuration of an export. Importing this file needs no torch: a neural refiner is imported by who uses one."""
 
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from refiner_export.common.settings import Settings, from_dict, require
 from refiner_export.records.features import FEATURE_DTYPES
 from refiner_export.records.formats import FORMATS
 from refiner_export.records.manifest import Manifest
-from refiner_export.records.record import fingerprint
+from refiner_export.records.schema import fingerprint
 from refiner_export.refiners.base import RefinerSettings
 from refiner_export.refiners.classical.refiner import ClassicalRefiner
-from refiner_export.common.settings import Settings, from_dict, require
-from refiner_export.sources.coco import Coco
-from refiner_export.sources.photos import Photos
+from refiner_export.sources.source import SourceSettings
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class FeatureSettings(Settings):
-  """What of the refiner's results is stored, and how.
+  """Which results of the refiner are stored, and how.
 
   Attributes:
-    dtype: `bfloat16`; `float16`, more exact and as large; or `int8` with a scale per row, at half the size.
-    top_k: how many of the detector's rows are kept, those with the highest scores; None keeps all. The trainer pads.
-    masks: whether the segmenter's masks are stored, as COCO's run-length codes; it must be told to give them.
+    dtype: `bfloat16`; or `float16`, which is more exact and as large; or `int8` with a scale per row, at half the
+      size.
+    top_k: how many rows of the detector are kept, beginning with the highest scores; None keeps all. The trainer
+      pads.
+    masks: whether the segmenter's masks are stored, as COCO's run-length codes. The segmenter must be told to give
+      them.
   """
   dtype: str = "bfloat16"
   top_k: int | None = None
@@ -34,13 +36,13 @@ class FeatureSettings(Settings):
 
   @property
   def optional_fields(self) -> tuple[str, ...]:
-    """Those of `record.OPTIONAL_FIELDS` that records get."""
+    """The fields of `record.OPTIONAL_FIELDS` that records get."""
     return ("mask_ious", "mask_areas", "mask_rles") if self.masks else ("mask_ious", "mask_areas")
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class ImageSettings(Settings):
-  """The stored picture: the longer side in pixels (larger ones are shrunk) and the JPEG quality."""
+  """The stored picture: the longer side in pixels (larger pictures are shrunk) and the JPEG quality."""
   max_side: int = 512
   quality: int = 95
 
@@ -54,10 +56,10 @@ class RunnerSettings(Settings):
   """How the work is spread over one machine. Nothing here changes what is written.
 
   Attributes:
-    workers: processes, each with its own refiner, worker k on GPU k modulo their number; with 0 or 1 this process does
-      all.
-    threads: of each worker, that read, decode and shrink pictures ahead of the refiner.
-    prefetch: how many batches ahead.
+    workers: how many processes refine. Each has its own refiner; worker k runs on GPU k modulo the number of GPUs. With
+      0 or 1 no process is started, and the command itself refines.
+    threads: how many threads of each worker read, decode and shrink pictures ahead of the refiner.
+    prefetch: how many batches these threads are ahead.
   """
   workers: int = 1
   threads: int = 8
@@ -74,15 +76,17 @@ class ExportConfig(Settings):
 
   Attributes:
     output: the directory to write, local or remote.
-    format: of the shards, `tfrecord` or `array_record`; the trainer reads either.
-    records_per_shard: how many examples go into one shard; a restart continues after the last finished shard.
-    refiner: `ClassicalRefiner` or, of `refiners.neural`, `NeuralRefiner`.
-    batch: how many pictures the refiner sees at once. A network forms its own batches of equal sizes within them, which
-      are full only when this is several times larger.
+    source: where examples come from: a class of `refiner_export.sources`, or a class that a user has written.
+    refiner: `ClassicalRefiner`, or `NeuralRefiner` of `refiners.neural`.
+    format: of the shards, `tfrecord` or `array_record`; the trainer reads both.
+    records_per_shard: the most examples of a shard, where the source says how many examples its units hold. A restart
+      continues after the last finished shard.
+    batch: how many examples the refiner sees at once. A network forms batches of pictures of equal size within them,
+      which are full only when this number is several times larger.
     limit: export only the first so many examples; None takes all.
   """
   output: str
-  source: Photos | Coco
+  source: SourceSettings
   refiner: RefinerSettings = dataclasses.field(default_factory=ClassicalRefiner)
   features: FeatureSettings = dataclasses.field(default_factory=FeatureSettings)
   image: ImageSettings = dataclasses.field(default_factory=ImageSettings)
@@ -108,11 +112,12 @@ def refiner_from_manifest(manifest: Manifest, files: Mapping[str, str] = Mapping
   """The settings of the refiner that made a directory, to refine new photos in the same way.
 
   Args:
-    manifest: the directory's.
-    files: where a neural refiner's files lie, by dotted field such as `tagger.checkpoint`.
+    manifest: the directory's manifest.
+    files: where the files of a neural refiner lie, by dotted field such as `tagger.checkpoint`.
 
   Raises:
-    UserError: this program no longer makes the same features; a file is missing, not named or not the one of then.
+    UserError: this program makes other features than the directory has; or a file is not named, is missing, or is not
+      the file that made the directory.
   """
   described = manifest.refiner
   if described["name"] == "neural":
@@ -135,5 +140,8 @@ def _flat(described: dict, prefix: str = "") -> dict:
   """The entries of nested dictionaries, under dotted names."""
   entries = {}
   for name, value in described.items():
-    entries |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    if isinstance(value, dict):
+      entries |= _flat(value, f"{prefix}{name}.")
+    else:
+      entries[f"{prefix}{name}"] = value
   return entries

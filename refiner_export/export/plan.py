@@ -1,28 +1,57 @@
-"""What an export consists of: which examples go into which shard, decided by the configuration and the source alone."""
+"""The plan of an export: which examples go into which shard, decided by the configuration and the source alone.
+
+The plan holds units of the source, not examples: a unit of known size is cut into output shards of at most
+`config.records_per_shard` examples, and a unit of unknown size is one output shard.
+"""
 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 
+import numpy as np
 from etils import epath
 
+from refiner_export.common.files import write_atomically
+from refiner_export.common.settings import UserError, require
 from refiner_export.export.config import ExportConfig
 from refiner_export.records.manifest import MANIFEST, shard_name
-from refiner_export.records.record import Schema, fingerprint
-from refiner_export.common.settings import UserError, require
-from refiner_export.common.files import write_atomically
-from refiner_export.sources.base import SourceExample
+from refiner_export.records.schema import SCHEMA_VERSION, Schema, fingerprint
+from refiner_export.sources.source import Unit
 
 CONFIG = "export_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """All examples of an export, cut into shards. `described` is what the refiner's fingerprint is the hash of."""
+class UnitSlice:
+  """What one output shard is made of: examples `start` to `stop` (exclusive) of a unit; None means up to the end."""
+  unit: Unit
+  start: int
+  stop: int | None
+
+  @property
+  def count(self) -> int | None:
+    """How many examples are planned; None when only reading the unit tells."""
+    return None if self.stop is None else self.stop - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportPlan:
+  """All shards of an export.
+
+  Attributes:
+    config: the configuration.
+    units: what the source is made of, in order.
+    counts: how many examples of each unit are exported; None where only reading the unit tells.
+    ends: int64 (units,), the number of output shards of a unit and all units before it.
+    described: the refiner's settings; the refiner's fingerprint is their hash.
+  """
   config: ExportConfig
-  examples: Sequence[SourceExample]
+  units: Sequence[Unit]
+  counts: Sequence[int | None]
+  ends: np.ndarray
   described: dict
 
   @property
@@ -31,14 +60,20 @@ class Plan:
 
   @property
   def shards(self) -> int:
-    return -(-len(self.examples) // self.config.records_per_shard)
+    return int(self.ends[-1]) if len(self.ends) else 0
 
   def path(self, number: int) -> epath.Path:
     return self.directory / shard_name(number, self.shards, self.config.format)
 
-  def examples_of(self, number: int) -> Sequence[SourceExample]:
-    start = number * self.config.records_per_shard
-    return self.examples[start:start + self.config.records_per_shard]
+  def slice_of(self, number: int) -> UnitSlice:
+    """What shard `number` is made of, 0 <= number < shards."""
+    position = int(np.searchsorted(self.ends, number, side="right"))
+    unit, count = self.units[position], self.counts[position]
+    if count is None:
+      return UnitSlice(unit, 0, None)
+    first = int(self.ends[position - 1]) if position else 0
+    start = (number - first) * self.config.records_per_shard
+    return UnitSlice(unit, start, min(start + self.config.records_per_shard, count))
 
   @functools.cached_property
   def schema(self) -> Schema:
@@ -47,29 +82,59 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=1)
-def read_plan(config: ExportConfig) -> Plan:
-  """Reads the source, once in a process, and makes the directory this export's.
+def read_plan(config: ExportConfig) -> ExportPlan:
+  """Asks the source for its units, once in a process, and makes the directory this export's.
 
-  Every process does so for itself, on whichever machine: that all have the same plan is what the directory guards.
+  Every process makes the plan by itself, on whichever machine. The directory makes sure that all have the same plan.
 
   Raises:
-    UserError: the source is empty or wrong; the directory was begun with another configuration, or with other texts or
-      annotations.
+    UserError: the source is empty or wrong; or the directory was begun with another configuration, or with other units.
   """
-  examples = config.source.examples()[:config.limit]
-  require(len(examples) > 0, "config.source: there is no example in it")
-  plan = Plan(config, examples, config.refiner.describe())
+  units, counts = _limited_units(config)
+  shards = [_output_shards(count, config.records_per_shard) for count in counts]
+  plan = ExportPlan(config, units, counts, np.cumsum(shards, dtype=np.int64), config.refiner.describe())
+  require(plan.shards > 0, "config.source: there is no example in it")
   _claim(plan)
   return plan
 
 
-def _claim(plan: Plan) -> None:
+def _limited_units(config: ExportConfig) -> tuple[list[Unit], list[int | None]]:
+  """The units to export, and how many examples of each: the first `config.limit` examples in all.
+
+  Whether the limit is reached depends on the counts of all units before. So with a limit a unit of unknown size is read
+  here until its end or the limit, without its pictures.
+  """
+  units = list(config.source.shards())
+  names = {unit.name for unit in units}
+  require(len(names) == len(units), "config.source: two of its units have the same name: mend its method shards")
+  if config.limit is None:
+    return units, [unit.count for unit in units]
+  counts, left = [], config.limit
+  for unit in units:
+    if left == 0:
+      break
+    count = unit.count
+    if count is None:
+      count = sum(1 for _ in itertools.islice(config.source.read(unit), left))
+    counts.append(min(count, left))
+    left -= counts[-1]
+  return units[:len(counts)], counts
+
+
+def _output_shards(count: int | None, records_per_shard: int) -> int:
+  return 1 if count is None else -(-count // records_per_shard)
+
+
+def _claim(plan: ExportPlan) -> None:
+  """Writes what decides the bytes of the directory into it, or compares with what the first process has written."""
   config, directory = plan.config, plan.directory
-  # Where the directory lies decides nothing in it, and neither does by whom and how many at once pictures are refined.
-  settings = {name: value for name, value in json.loads(config.to_json()).items()
-              if name not in ("output", "batch", "runner")}
-  settings["source"] |= {"name": config.source.name, "contents": _digest(plan.examples)}
+  settings = json.loads(config.to_json())
+  # These three decide nothing in the directory: where it lies, and how many pictures are refined at once, by whom.
+  for name in ("output", "batch", "runner"):
+    del settings[name]
+  settings["source"] |= {"name": config.source.name, "units": _digest(plan)}
   settings["refiner"] = plan.described
+  settings["schema_version"] = SCHEMA_VERSION
   path = directory / CONFIG
   if not path.exists():
     require(not (directory / MANIFEST).exists(), f"{directory} holds records of unknown origin: name another output")
@@ -84,10 +149,9 @@ def _claim(plan: Plan) -> None:
                          "remove the directory or name another output")
 
 
-def _digest(examples: Sequence[SourceExample]) -> str:
-  """The hash of all texts and annotations, so that an edited source is not taken for the one exported before."""
+def _digest(plan: ExportPlan) -> str:
+  """The hash of all units, so that an edited source is not taken for the source that was exported before."""
   digest = hashlib.sha256()
-  for example in examples:
-    objects = [(thing.tag, thing.box) for thing in example.objects]
-    digest.update(repr((example.id, example.captions, example.conversations, example.text_boxes, objects)).encode())
+  for unit, count in zip(plan.units, plan.counts, strict=True):
+    digest.update(repr((unit.name, count, unit.version)).encode())
   return digest.hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Work that threads do ahead of whoever needs it."""
+"""Work that threads do ahead of the code that uses its results."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,11 +11,11 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 def prefetch(
     function: Callable[[Item], Result], batches: Iterable[Sequence[Item]], threads: int, ahead: int,
 ) -> Iterator[tuple[Sequence[Item], list[Result]]]:
-  """Each batch with the results of `function` for its items, all in their order.
+  """Yields each batch with the results of `function` for its items, in order.
 
-  While a batch is being used, threads are at work on the next `ahead` ones, and on no more: what they make is large.
-  What the function raises is raised here, when its batch's turn comes. A caller that may stop early must close the
-  iterator: what was not begun is then dropped.
+  While a batch is being used, threads work on the next `ahead` batches and on no more, because results are large. An
+  exception of the function is raised here when its batch's turn comes. A caller that may stop early must close the
+  iterator: work that has not begun is then dropped.
   """
   pool, waiting = ThreadPoolExecutor(threads, "prefetch"), collections.deque()
   try:

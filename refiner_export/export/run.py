@@ -1,36 +1,40 @@
-"""An export from start to end: plan the shards, have those made that are missing, then write the manifest.
+"""An export from start to end: plan the shards, have the missing shards made, then write the manifest.
 
-A directory shows its state: a shard beside its report is finished, `manifest.json` means that everything is. An export
-that was stopped goes on where it stopped and ends with the same bytes as one that was not.
+A directory shows its state: a shard beside its report is finished, and with a `manifest.json` everything is finished.
+An export that was stopped goes on where it stopped, and it ends with the same bytes as an export that nobody stopped.
 """
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from etils import epath
 
+from refiner_export.common.files import is_local, write_atomically
+from refiner_export.common.settings import require
+from refiner_export.common.unfinished import remove_abandoned
 from refiner_export.export.config import ExportConfig
+from refiner_export.export.plan import ExportPlan, read_plan
+from refiner_export.export.shard import ERRORS, Report, is_finished, read_report, report_path
+from refiner_export.export.workers import run_locally
 from refiner_export.records.formats import open_shard
 from refiner_export.records.manifest import MANIFEST, SPLIT, Manifest, write_tfds_metadata
-from refiner_export.export.plan import Plan, read_plan
 from refiner_export.records.reader import RecordDirectory
-from refiner_export.records.record import SCHEMA_VERSION, RecordError
-from refiner_export.common.settings import require
-from refiner_export.export.shard import ERRORS, Report, is_finished, read_report, report_path
-from refiner_export.common.files import write_atomically
-from refiner_export.common.unfinished import remove_abandoned
-from refiner_export.export.workers import run_locally
+from refiner_export.records.record import RecordError
+from refiner_export.records.schema import SCHEMA_VERSION
 
-Runner = Callable[[Plan, Sequence[int]], None]  # has `export_shard` called for each of these numbers, anywhere
+Runner = Callable[[ExportPlan, Sequence[int]], None]  # has `export_shard` called for each of these numbers, anywhere
 
 _READERS = 16  # threads that ask a remote directory about its shards
+_REPORT = re.compile(r"\.report\..+-(\d+)-of-(\d+)\.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardRange:
-  """Shards `start` to `stop`, exclusive, of however many there are: what one of several machines is to make."""
+  """Shards `start` to `stop` (exclusive): what one of several machines makes. None means up to the last shard."""
   start: int = 0
   stop: int | None = None
 
@@ -53,7 +57,7 @@ class ShardRange:
 def export(
     config: ExportConfig, shard_range: ShardRange = ShardRange(), runner: Runner = run_locally,
 ) -> Manifest | None:
-  """Makes shards of the directory `config.output`, and the directory complete once all of them are finished.
+  """Makes shards of the directory `config.output`, and completes the directory once all of them are finished.
 
   Returns:
     The manifest, or None while shards outside the range are missing.
@@ -81,31 +85,68 @@ def export(
   return finalise(plan)
 
 
-def finalise(plan: Plan) -> Manifest:
+def finalise(plan: ExportPlan) -> Manifest:
   """Writes what stands for the whole directory, the manifest last. Raises `UserError` for a shard not as planned."""
-  with ThreadPoolExecutor(_READERS) as pool:
-    reports = list(pool.map(lambda number: read_report(plan, number), range(plan.shards)))
-  unfinished = [number for number, report in enumerate(reports) if report is None]
-  require(not unfinished, f"{plan.directory}: shard {unfinished[:1]} is not finished: run the same command again")
-  shards, skipped = [report.shard for report in reports], [error for report in reports for error in report.skipped]
-  require(len(skipped) < len(plan.examples),
-          f"no picture could be read; the first: {json.dumps(skipped[0]) if skipped else ''}")
+  reports = _read_reports(plan)
+  shards, skipped = [], []
+  for report in reports:
+    shards.append(report.shard)
+    skipped += report.skipped
+  records = sum(shard.records for shard in shards)
+  require(records > 0 or bool(skipped), "config.source: there is no example in it")
+  require(records > 0, f"no picture could be read; the first: {json.dumps(skipped[:1])[1:-1]}")
   manifest = Manifest(
       schema_version=SCHEMA_VERSION, fingerprint=plan.schema.fingerprint, feature_dtype=plan.schema.feature_dtype,
       detection_rows=_detection_rows(plan, reports), refiner=plan.described, source=plan.config.source.name,
-      split=SPLIT, shards=tuple(shards), records=sum(shard.records for shard in shards),
-      conversations=sum(shard.conversations for shard in shards), skipped=len(skipped),
-      format=plan.config.format, optional_fields=plan.schema.optional_fields)
+      split=SPLIT, shards=tuple(shards), records=records, conversations=sum(shard.conversations for shard in shards),
+      pictures=sum(shard.pictures for shard in shards), skipped=len(skipped), format=plan.config.format,
+      optional_fields=plan.schema.optional_fields)
   write_atomically(plan.directory / ERRORS, "".join(f"{json.dumps(error)}\n" for error in skipped).encode())
   write_tfds_metadata(plan.directory, manifest)
   manifest.save(plan.directory)
   return _end(plan, manifest)
 
 
-def _missing(plan: Plan, numbers: Sequence[int]) -> list[int]:
+def _read_reports(plan: ExportPlan) -> list[Report]:
+  def read(number: int) -> Report | None:
+    return read_report(plan, number)
+
   with ThreadPoolExecutor(_READERS) as pool:
-    return [number for number, finished in zip(numbers, pool.map(lambda number: is_finished(plan, number), numbers))
-            if not finished]
+    reports = list(pool.map(read, range(plan.shards)))
+  if None in reports:
+    require(False, f"{plan.directory}: shard {reports.index(None)} is not finished: run the same command again")
+  return reports
+
+
+def _missing(plan: ExportPlan, numbers: Sequence[int]) -> list[int]:
+  """The shards among these that are not finished."""
+  def is_missing(number: int) -> bool:
+    return not is_finished(plan, number)
+
+  reported = _reported(plan)
+  missing, candidates = [], []
+  for number in numbers:
+    (candidates if reported is None or number in reported else missing).append(number)
+  with ThreadPoolExecutor(_READERS) as pool:
+    for number, unfinished in zip(candidates, pool.map(is_missing, candidates)):
+      if unfinished:
+        missing.append(number)
+  return sorted(missing)
+
+
+def _reported(plan: ExportPlan) -> set[int] | None:
+  """The shards that have a report, by one look at the directory; None when every shard has to be asked.
+
+  A manifest stands for the reports of all shards. The list of an object store may be older than the store.
+  """
+  if not is_local(plan.directory) or (plan.directory / MANIFEST).exists():
+    return None
+  reported = set()
+  for path in plan.directory.iterdir():
+    found = _REPORT.fullmatch(path.name)
+    if found and int(found[2]) == plan.shards:
+      reported.add(int(found[1]))
+  return reported
 
 
 def _is_complete(directory: epath.Path) -> bool:
@@ -118,21 +159,32 @@ def _is_complete(directory: epath.Path) -> bool:
   return True
 
 
-def _detection_rows(plan: Plan, reports: Sequence[Report]) -> int:
-  """As the first record has them: whoever finalises need not load the refiner, which may want a GPU."""
-  first = next(number for number, report in enumerate(reports) if report.shard.records)
-  return len(plan.schema.decode(open_shard(plan.path(first)).read(0)).detection_features)
+def _detection_rows(plan: ExportPlan, reports: Sequence[Report]) -> int:
+  """How many detector rows a picture has, read from the first picture; 0 when there is no picture.
+
+  The refiner would know too, but loading it may take a GPU, which the process that comes last need not have.
+  """
+  for number, report in enumerate(reports):
+    if report.shard.pictures:
+      shard = open_shard(plan.path(number))
+      first = int(np.flatnonzero(shard.picture_counts)[0])
+      return len(plan.schema.decode(shard.read(first)).pictures[0].detection_features)
+  return 0
 
 
-def _end(plan: Plan, manifest: Manifest) -> Manifest:
+def _end(plan: ExportPlan, manifest: Manifest) -> Manifest:
   """Removes what only a restart needs, and says what there is."""
+  def remove_report(number: int) -> None:
+    report_path(plan, number).unlink(missing_ok=True)
+
   with ThreadPoolExecutor(_READERS) as pool:
-    list(pool.map(lambda number: report_path(plan, number).unlink(missing_ok=True), range(plan.shards)))
+    list(pool.map(remove_report, range(plan.shards)))
   remove_abandoned(plan.directory)
   storage = manifest.storage
   print(f"{plan.directory}: {manifest.records} records, {manifest.skipped} skipped, {manifest.conversations} "
-        f"conversations, {storage.bytes_per_record:,.0f} bytes per record, of it {storage.feature_bytes_per_record:,.0f} "
-        f"features (relative error {storage.feature_relative_rmse:.2g}), refiner {manifest.fingerprint}", flush=True)
+        f"conversations, {storage.bytes_per_record:,.0f} bytes per record, of it "
+        f"{storage.feature_bytes_per_record:,.0f} features (relative error {storage.feature_relative_rmse:.2g}), "
+        f"refiner {manifest.fingerprint}", flush=True)
   if manifest.skipped:
     print(f"why pictures were skipped: {plan.directory / ERRORS}", flush=True)
   return manifest

@@ -1,4 +1,4 @@
-"""How rows of features are stored, and how much of them that keeps."""
+"""How rows of features are stored, and what storing them costs in bytes and in exactness."""
 
 import dataclasses
 import math
@@ -10,7 +10,8 @@ import numpy as np
 FEATURE_WIDTH = 256
 FEATURE_DTYPES = ("float16", "bfloat16", "int8")
 
-_STORED = {"float16": np.float16, "bfloat16": np.uint16, "int8": np.int8}  # bfloat16 travels as its bits: TFDS has none
+# TFDS has no bfloat16: such a number travels as its bits.
+_STORED = {"float16": np.float16, "bfloat16": np.uint16, "int8": np.int8}
 _INT8_STEPS = 127
 
 
@@ -22,15 +23,15 @@ def stored_dtype(dtype: str) -> type:
 def store(rows: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
   """float32 (N, W) -> the numbers that a record carries, and float16 scales: one per row for int8, else none.
 
-  The error of a value is at most 2^-11 of itself (float16, down to 2^-24 in all), 2^-8 of itself (bfloat16), or half a
-  scale, which is 1/127 of the row's largest value (int8).
+  The error of a value v is at most 2^-11 |v| for float16 (2^-24 for the smallest values), 2^-8 |v| for
+  bfloat16, and half a scale for int8, whose scale is 1/127 of the row's largest value.
 
   Raises:
     ValueError: float16 cannot hold a value.
   """
   if dtype == "bfloat16":
     return rows.astype(ml_dtypes.bfloat16).view(np.uint16), np.zeros(0, np.float16)
-  # A value out of range becomes infinite, which is refused below.
+  # A value out of range becomes infinite. The check below refuses it.
   with np.errstate(over="ignore"):
     if dtype == "float16":
       stored, scales = rows.astype(np.float16), np.zeros(0, np.float16)
@@ -55,14 +56,14 @@ def restore(stored: np.ndarray, scales: np.ndarray, dtype: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSums:
-  """What features cost and lose in a record, a shard or a directory: sums, which can be added up.
+  """What features cost and lose in a record, a shard or a directory. Sums of parts are the sums of the whole.
 
   Attributes:
-    feature_bytes: of the rows of both kinds, their scales and the detector rows' boxes.
-    feature_rows: of both kinds.
+    feature_bytes: bytes of detector rows and object rows, of their scales and of the detector rows' boxes.
+    feature_rows: number of detector rows and object rows.
     squared_values: the sum of the squares of all values that the refiner gave.
-    squared_errors: likewise of what a reader gets back minus what the refiner gave.
-    cosines: the sum over rows of the cosine between the two; 1 for a row of zeros.
+    squared_errors: the sum of the squares of a reader's value minus the refiner's value.
+    cosines: the sum over rows of the cosine between a reader's row and the refiner's row; 1 for a row of zeros.
   """
   feature_bytes: int = 0
   feature_rows: int = 0
@@ -72,26 +73,37 @@ class FeatureSums:
 
   @classmethod
   def of(cls, given: np.ndarray, read: np.ndarray, size: int) -> "FeatureSums":
-    """Of float32 (N, W) rows that the refiner gave, and as a reader gets them; `size` in bytes."""
+    """The sums for rows that the refiner gave and for the same rows as a reader gets them.
+
+    Args:
+      given, read: float32 (N, W).
+      size: bytes that the record takes for them.
+    """
     given, read = given.astype(np.float64), read.astype(np.float64)
-    dot = lambda a, b: np.einsum("nw,nw->n", a, b)
-    values, errors = dot(given, given), dot(read - given, read - given)
-    lengths = np.sqrt(values * dot(read, read))
-    # Rows that are the same may be both zero, where there is no angle.
-    cosines = np.where(errors == 0, 1.0, dot(given, read) / np.where(lengths > 0, lengths, 1.0))
+    values, errors = _dot(given, given), _dot(read - given, read - given)
+    lengths = np.sqrt(values * _dot(read, read))
+    # Two equal rows may both be zero; there is no angle between them.
+    cosines = np.where(errors == 0, 1.0, _dot(given, read) / np.where(lengths > 0, lengths, 1.0))
     return cls(size, len(given), float(values.sum()), float(errors.sum()), float(cosines.sum()))
 
   @classmethod
   def total(cls, parts: Iterable["FeatureSums"]) -> "FeatureSums":
-    """The sum, rounded once: the same for any order of the parts."""
-    columns = zip(*(dataclasses.astuple(part) for part in parts))
-    return cls(*(sum(column) if isinstance(column[0], int) else math.fsum(column) for column in columns))
+    """The sum of the parts. It is rounded once, so that it is the same for any order of the parts."""
+    totals = []
+    for column in zip(*map(dataclasses.astuple, parts)):
+      totals.append(sum(column) if isinstance(column[0], int) else math.fsum(column))
+    return cls(*totals)
 
   @property
   def relative_rmse(self) -> float:
-    """The root of the mean squared error over that of the mean squared value."""
+    """The root of the mean squared error over the root of the mean squared value."""
     return math.sqrt(self.squared_errors / self.squared_values) if self.squared_values else 0.0
 
   @property
   def mean_cosine(self) -> float:
     return self.cosines / self.feature_rows if self.feature_rows else 1.0
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """(N, W) and (N, W) -> (N,): the product of row i of `a` with row i of `b`."""
+  return np.einsum("nw,nw->n", a, b)

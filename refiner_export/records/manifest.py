@@ -7,24 +7,27 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_info, naming, splits
 
+from refiner_export.common.files import write_atomically
+from refiner_export.common.settings import UserError, require
+from refiner_export.records import schema_1
 from refiner_export.records.features import FeatureSums
 from refiner_export.records.formats import FORMATS
-from refiner_export.records.record import SCHEMA_VERSION, Record, Schema
-from refiner_export.common.settings import UserError, require
-from refiner_export.common.files import write_atomically
+from refiner_export.records.record import Record
+from refiner_export.records.schema import SCHEMA_VERSION, Schema
 from refiner_export.records.shard_files import ShardInfo
 
 MANIFEST = "manifest.json"
 NAME, SPLIT = "lyrics_records", "train"
+_READ_VERSIONS = (schema_1.VERSION, SCHEMA_VERSION)
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-  """What a directory takes per record, and what of the refiner's features storing them has kept.
+  """What a directory takes per record, and how exactly it keeps the refiner's features.
 
   Attributes:
     bytes_per_record: of the shards' files, on average.
-    feature_bytes_per_record: of it the features, with their scales and the detector rows' boxes.
+    feature_bytes_per_record: the part of it that features take, with their scales and the detector rows' boxes.
     feature_relative_rmse: root of the mean squared error of all values over that of their mean square.
     feature_mean_cosine: between a row that the refiner gave and the same row as it is read, over all rows.
   """
@@ -36,9 +39,21 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What a directory of records holds. `refiner` is the settings that `fingerprint` is the hash of, with its name.
+  """What a directory of records holds.
 
   `manifest.json` also states `storage`, for people: it follows from the shards.
+
+  Attributes:
+    schema_version: 2, or 1 for a directory of before a record could have several pictures.
+    fingerprint: the hash of `refiner`, which is the refiner's settings with its name.
+    feature_dtype: how features are stored, one of `FEATURE_DTYPES`.
+    detection_rows: the number of detector rows that every picture has.
+    source, split: names.
+    shards: what is known of each file.
+    records, conversations, pictures: totals over the shards.
+    skipped: how many examples of the source became no record.
+    format: of the shards, one of `FORMATS`.
+    optional_fields: the fields of `OPTIONAL_FIELDS` that pictures have.
   """
   schema_version: int
   fingerprint: str
@@ -50,21 +65,25 @@ class Manifest:
   shards: tuple[ShardInfo, ...]
   records: int
   conversations: int
+  pictures: int
   skipped: int
   format: str = "tfrecord"
   optional_fields: tuple[str, ...] = ()
 
   @classmethod
   def load(cls, directory: epath.PathLike) -> "Manifest":
-    """Reads `manifest.json`. Raises `UserError` when it is missing, damaged or of another schema."""
+    """Reads `manifest.json`. Raises `UserError` when it is missing, damaged or of a schema that is not known."""
     path = epath.Path(directory) / MANIFEST
     require(path.exists(), f"no {MANIFEST} in {directory}: run python -m refiner_export --config ... until it ends")
     try:
       fields = json.loads(path.read_text())
       version = fields["schema_version"]
-      require(version == SCHEMA_VERSION,
-              f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}: export again")
-      fields["shards"] = tuple(ShardInfo(**shard) for shard in fields["shards"])
+      require(version in _READ_VERSIONS,
+              f"{path}: schema version {version}, this program reads {_READ_VERSIONS[0]} to {_READ_VERSIONS[-1]}: "
+              "export again, or update the program")
+      if version == schema_1.VERSION:
+        _count_pictures(fields)
+      fields["shards"] = tuple([ShardInfo(**shard) for shard in fields["shards"]])
       fields["optional_fields"] = tuple(fields.get("optional_fields", ()))
       fields.pop("storage", None)
       manifest = cls(**fields)
@@ -79,27 +98,32 @@ class Manifest:
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     write_atomically(epath.Path(directory) / MANIFEST, text.encode())
 
-  def schema(self) -> Schema:
-    return Schema(self.feature_dtype, self.fingerprint, self.optional_fields)
+  def schema(self) -> Schema | schema_1.Schema1:
+    """What decodes the directory's records."""
+    kind = schema_1.Schema1 if self.schema_version == schema_1.VERSION else Schema
+    return kind(self.feature_dtype, self.fingerprint, self.optional_fields)
 
   def as_read(self, record: Record) -> Record:
     """A record that was just made, as a reader of this directory would get it: as few detector rows, and as exact.
 
-    Its optional fields are left out.
+    The optional fields are left out.
     """
     schema = Schema(self.feature_dtype, self.fingerprint, (), self.detection_rows)
     return schema.decode(schema.encode(record))
 
   @property
   def features(self) -> FeatureSums:
-    names = [field.name for field in dataclasses.fields(FeatureSums)]
-    return FeatureSums.total(FeatureSums(*(getattr(shard, name) for name in names)) for shard in self.shards)
+    """The sums over all shards."""
+    parts = []
+    for shard in self.shards:
+      parts.append(FeatureSums(*[getattr(shard, field.name) for field in dataclasses.fields(FeatureSums)]))
+    return FeatureSums.total(parts)
 
   @property
   def storage(self) -> Storage:
     features, records = self.features, max(self.records, 1)
-    return Storage(sum(shard.bytes for shard in self.shards) / records, features.feature_bytes / records,
-                   features.relative_rmse, features.mean_cosine)
+    size = sum([shard.bytes for shard in self.shards])
+    return Storage(size / records, features.feature_bytes / records, features.relative_rmse, features.mean_cosine)
 
 
 def shard_name(shard: int, shards: int, format: str = "tfrecord") -> str:
@@ -126,3 +150,10 @@ def write_tfds_metadata(directory: epath.PathLike, manifest: Manifest) -> None:
 
 def _file_template(directory: epath.Path, format: str) -> naming.ShardedFileTemplate:
   return naming.ShardedFileTemplate(data_dir=directory, dataset_name=NAME, split=SPLIT, filetype_suffix=format)
+
+
+def _count_pictures(fields: dict) -> None:
+  """Adds the numbers that a manifest of schema 1 lacks: every record that was exported had one picture."""
+  fields["pictures"] = fields["records"]
+  for shard in fields["shards"]:
+    shard["pictures"] = shard["records"]

@@ -1,16 +1,17 @@
 """Masks as COCO's compressed run-length codes, as pycocotools writes them.
 
-Runs of zeros and ones take turns along the columns. A number is written in digits of five bits, lowest first, each a
-character from `0` on whose sixth bit says that more follow; from the fourth on, it is the difference to the number two
-before. (Source: `maskApi.c` of pycocotools, whose own decoder fills what a damaged code leaves out with whatever lies
-in memory.)
+Runs of zeros and ones take turns along the columns. The length of a run is written in digits of five bits,
+the lowest digit first. A digit is a character from `0` on; its sixth bit says that another digit follows.
+From the fourth number on, a number is the difference to the number two places before. Source: `maskApi.c` of
+pycocotools. The decoder there is not used because it fills what a damaged code leaves out with whatever lies
+in memory.
 """
 
 import numpy as np
 
 
 def decode_rle(rle: bytes, height: int, width: int) -> np.ndarray:
-  """The compressed `counts` of a mask -> bool (height, width). Raises `ValueError` when it is not of so many pixels."""
+  """The compressed `counts` of a mask -> bool (height, width). Raises `ValueError` for another number of pixels."""
   lengths = _lengths(rle)
   if min(lengths, default=0) < 0 or sum(lengths) != height * width:
     raise ValueError(f"not a mask of {height} rows and {width} columns")
@@ -24,7 +25,7 @@ def _lengths(rle: bytes) -> list[int]:
     shift += 5
     if digit & 0x20:
       continue
-    if digit & 0x10:  # the sign
+    if digit & 0x10:  # the sign bit
       number -= 1 << shift
     lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
     number, shift = 0, 0

@@ -5,10 +5,12 @@ import bisect
 import numpy as np
 from etils import epath
 
+from refiner_export.common.settings import require
 from refiner_export.records.formats import open_shard
 from refiner_export.records.manifest import Manifest
 from refiner_export.records.record import Record, RecordError
-from refiner_export.common.settings import require
+
+_NO_COUNTS = np.zeros(0, np.int64)
 
 
 class RecordDirectory:
@@ -16,7 +18,7 @@ class RecordDirectory:
 
   Args:
     path: an exported directory, local or remote.
-    fingerprint: what the configuration expects of the refiner; None accepts any.
+    fingerprint: the fingerprint that the configuration expects of the refiner; None accepts any.
 
   Raises:
     UserError: no manifest, another schema, or another refiner than expected.
@@ -29,8 +31,12 @@ class RecordDirectory:
     require(fingerprint in (None, self.manifest.fingerprint),
             f"{path}: made by refiner {self.manifest.fingerprint} ({self.manifest.refiner['name']}), the configuration "
             f"expects {fingerprint}: export again, or set the expected fingerprint to {self.manifest.fingerprint}")
-    self._shards = [open_shard(self.path / shard.file) for shard in self.manifest.shards]
-    self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)]).tolist()
+    self._shards = []
+    self._starts = [0]  # the position of each shard's first record, and the number of all records
+    for info in self.manifest.shards:
+      shard = open_shard(self.path / info.file)
+      self._shards.append(shard)
+      self._starts.append(self._starts[-1] + len(shard))
     require(self._starts[-1] == self.manifest.records,
             f"{path}: the shards hold {self._starts[-1]} records, the manifest says {self.manifest.records}: "
             "export again")
@@ -52,11 +58,20 @@ class RecordDirectory:
 
   def read_conversation_counts(self) -> np.ndarray:
     """int64 (records,): the number of conversations in each record, from the indexes alone."""
-    return np.concatenate([np.zeros(0, np.int64), *(shard.conversation_counts for shard in self._shards)])
+    return np.concatenate([_NO_COUNTS, *[shard.conversation_counts for shard in self._shards]])
+
+  def read_picture_counts(self) -> np.ndarray:
+    """int64 (records,): the number of pictures in each record, from the indexes alone.
+
+    A directory of schema 1 does not say: the count is 1 for every record, also for a record of text alone.
+    """
+    return np.concatenate([_NO_COUNTS, *[shard.picture_counts for shard in self._shards]])
 
   def __getstate__(self):
-    return {name: value for name, value in self.__dict__.items() if name != "_schema"}
+    state = dict(self.__dict__)
+    del state["_schema"]  # TFDS does not promise that its features can be pickled
+    return state
 
   def __setstate__(self, state):
     self.__dict__.update(state)
-    self._schema = self.manifest.schema()  # TFDS features do not promise to pickle
+    self._schema = self.manifest.schema()

@@ -1,29 +1,28 @@
-"""python -m refiner_export.records.verify DIR [--threads N]: reads all of an exported directory again and says what is wrong.
+"""Reads all of an exported directory again and says what is wrong.
 
-One line per problem, with shard and record. Exit code 0 when there is none, 1 when there are some, 2 when there is
-nothing to verify.
+Prints one line for each problem, with shard and record. The exit code is 0 without a problem, 1 with
+problems, and 2 when there is nothing to verify.
 """
 
-import argparse
+import functools
 import io
-import itertools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn
 
 import numpy as np
-import tqdm
 from etils import epath
 from PIL import Image
 
+from refiner_export.common.command import Command, Flag, Positional
+from refiner_export.common.files import hash_file
+from refiner_export.common.progress import Progress
 from refiner_export.records.formats import Shard, open_shard
 from refiner_export.records.manifest import NAME, Manifest
 from refiner_export.records.masks import decode_rle
-from refiner_export.records.record import Record, RecordError, Schema, check
-from refiner_export.common.settings import UserError, require
-from refiner_export.common.files import hash_file
+from refiner_export.records.record import Picture, RecordError, check
+from refiner_export.records.schema import Schema
+from refiner_export.records.schema_1 import Schema1
 from refiner_export.records.shard_files import ShardInfo
 
 ERRORS = "errors.jsonl"
@@ -32,22 +31,27 @@ _AREA_TOLERANCE = 1e-4  # of a mask's share of the picture; float32 adds up to 1
 _WINDOW = 64  # records of a shard that are in memory at once, per thread
 
 
+def _ignore(records: int) -> None:
+  """Stands for nobody who wants to know how far the work is."""
+
+
 def verify(
-    directory: epath.PathLike, threads: int = 4, advance: Callable[[int], None] = lambda records: None,
+    directory: epath.PathLike, threads: int = 4, advance: Callable[[int], object] = _ignore,
 ) -> Iterator[str]:
   """Yields a line for each problem: every byte, record and picture is read, and compared with the manifest.
 
   Args:
     directory: what an export has written.
-    threads: that decode records; reading and decoding pictures let go of Python's lock.
+    threads: how many threads decode records; reading and decoding pictures release Python's lock.
     advance: called with the number of records that are done since the last call.
 
   Raises:
-    UserError: there is no manifest, or one of another schema.
+    UserError: there is no manifest, or a manifest of an unknown schema.
   """
   directory = epath.Path(directory)
   manifest = Manifest.load(directory)
-  schema, first_with = manifest.schema(), {}
+  schema = manifest.schema()
+  first_with: dict[str, tuple[str, int]] = {}  # id -> the file and position of the first record that has it
   with ThreadPoolExecutor(threads) as pool:
     for info in manifest.shards:
       path = directory / info.file
@@ -58,127 +62,132 @@ def verify(
         advance(info.records)
         continue
       yield from _compare(path, info, shard)
-      for start in range(0, len(shard), _WINDOW * threads):
-        positions = range(start, min(start + _WINDOW * threads, len(shard)))
-        for position, (id, problems) in zip(
-            positions, pool.map(lambda position: _read(shard, position, schema, manifest), positions)):
-          yield from (f"{path}: record {position}: {problem}" for problem in problems)
-          if id is not None and first_with.setdefault(id, (info.file, position)) != (info.file, position):
-            file, earlier = first_with[id]
+      read = functools.partial(_read, shard, schema, manifest)
+      for positions in _windows(len(shard), _WINDOW * threads):
+        for position, (id, problems) in zip(positions, pool.map(read, positions)):
+          for problem in problems:
+            yield f"{path}: record {position}: {problem}"
+          if id is None:
+            continue
+          file, earlier = first_with.setdefault(id, (info.file, position))
+          if (file, earlier) != (info.file, position):
             yield f"{path}: record {position}: id {id!r} is that of record {earlier} of {file} too"
         advance(len(positions))
   yield from _totals(directory, manifest)
 
 
+def _windows(records: int, size: int) -> Iterator[range]:
+  for start in range(0, records, size):
+    yield range(start, min(start + size, records))
+
+
 def _compare(path: epath.Path, info: ShardInfo, shard: Shard) -> Iterator[str]:
-  found = {"records": len(shard), "conversations": int(shard.conversation_counts.sum()), "bytes": shard.bytes,
-           "sha256": hash_file(path)}
+  found = {"records": len(shard), "conversations": int(shard.conversation_counts.sum()),
+           "pictures": int(shard.picture_counts.sum()), "bytes": shard.bytes, "sha256": hash_file(path)}
   for name, value in found.items():
     if value != getattr(info, name):
       yield f"{path}: {name} {value}, the manifest says {getattr(info, name)}"
 
 
-def _read(shard: Shard, position: int, schema: Schema, manifest: Manifest) -> tuple[str | None, list[str]]:
-  """The id of a record, unless it cannot be read, and what is wrong with it."""
+def _read(shard: Shard, schema: Schema | Schema1, manifest: Manifest, position: int) -> tuple[str | None, list[str]]:
+  """The id of a record, None when it cannot be read, and what is wrong with the record."""
   try:
     record = schema.decode(shard.read(position))
     check(record)
-  except RecordError as error:  # a reader has said already where
+  except RecordError as error:
+    # The line that is printed already says where the record lies.
     return None, [str(error).removeprefix(f"{shard.path}: ").removeprefix(f"record {position} ")]
-  conversations = int(shard.conversation_counts[position])
-  return record.id, list(itertools.chain(
-      _boxes(record), _picture(record), _masks(record), _counts(record, conversations, manifest)))
+  problems = []
+  for number, picture in enumerate(record.pictures):
+    for problem in _picture_problems(picture, manifest):
+      problems.append(f"picture {number}: {problem}")
+  conversations, pictures = schema.counts(record)
+  if conversations != shard.conversation_counts[position]:
+    problems.append(f"{conversations} conversations, its index says {shard.conversation_counts[position]}")
+  if pictures != shard.picture_counts[position]:
+    problems.append(f"{pictures} pictures, its index says {shard.picture_counts[position]}")
+  return record.id, problems
 
 
-def _boxes(record: Record) -> Iterator[str]:
+def _picture_problems(picture: Picture, manifest: Manifest) -> Iterator[str]:
+  yield from _boxes(picture)
+  yield from _image(picture)
+  yield from _masks(picture)
+  if len(picture.detection_features) != manifest.detection_rows:
+    yield f"{len(picture.detection_features)} detector rows, the manifest says {manifest.detection_rows}"
+
+
+def _boxes(picture: Picture) -> Iterator[str]:
   for name in "boxes", "text_boxes":
-    boxes = getattr(record, name)
+    boxes = getattr(picture, name)
     for k in np.flatnonzero(((boxes < 0) | (boxes > 1)).any(axis=1)):
       yield f"{name}[{k}] is not in [0, 1]: {boxes[k].tolist()}"
     for k in np.flatnonzero((boxes[:, :2] > boxes[:, 2:]).any(axis=1)):
       yield f"{name}[{k}] has its corners in the wrong order: {boxes[k].tolist()}"
-  if (np.diff(record.scores) > 0).any():
-    yield f"scores are not in descending order: {record.scores.tolist()}"
+  if (np.diff(picture.scores) > 0).any():
+    yield f"scores are not in descending order: {picture.scores.tolist()}"
 
 
-def _picture(record: Record) -> Iterator[str]:
-  if not record.image:  # a record of text alone
-    return
+def _image(picture: Picture) -> Iterator[str]:
   try:
-    image = Image.open(io.BytesIO(record.image), formats=["JPEG"])
+    image = Image.open(io.BytesIO(picture.image), formats=["JPEG"])
     image.load()
-  except Exception as error:  # see `images.open_upright`
+  except Exception as error:  # Pillow's decoders raise many classes of error
     reason = "not a JPEG" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())
-    yield f"its picture cannot be decoded: {reason}"
+    yield f"its image cannot be decoded: {reason}"
     return
-  if image.size != (record.width, record.height):
-    yield f"its picture is of {image.width}x{image.height} pixels, the record says {record.width}x{record.height}"
+  if image.size != (picture.width, picture.height):
+    yield f"its image is of {image.width}x{image.height} pixels, the record says {picture.width}x{picture.height}"
 
 
-def _masks(record: Record) -> Iterator[str]:
-  for k, rle in enumerate(record.mask_rles):
+def _masks(picture: Picture) -> Iterator[str]:
+  for k, rle in enumerate(picture.mask_rles):
     try:
-      area = decode_rle(rle, record.height, record.width).mean()
+      area = decode_rle(rle, picture.height, picture.width).mean()
     except ValueError as error:
       yield f"mask_rles[{k}]: {error}"
       continue
-    if k < len(record.mask_areas) and abs(area - record.mask_areas[k]) > _AREA_TOLERANCE:
-      yield f"mask_rles[{k}] covers {area:.4f} of the picture, mask_areas say {record.mask_areas[k]:.4f}"
-
-
-def _counts(record: Record, conversations: int, manifest: Manifest) -> Iterator[str]:
-  if len(record.detection_features) != manifest.detection_rows:
-    yield f"{len(record.detection_features)} detector rows, the manifest says {manifest.detection_rows}"
-  if len(record.conversations) != conversations:
-    yield f"{len(record.conversations)} conversations, its index says {conversations}"
+    if k < len(picture.mask_areas) and abs(area - picture.mask_areas[k]) > _AREA_TOLERANCE:
+      yield f"mask_rles[{k}] covers {area:.4f} of the picture, mask_areas say {picture.mask_areas[k]:.4f}"
 
 
 def _totals(directory: epath.Path, manifest: Manifest) -> Iterator[str]:
-  for name in "records", "conversations":
-    total = sum(getattr(shard, name) for shard in manifest.shards)
-    if total != getattr(manifest, name):
-      yield f"{directory}: the manifest says {getattr(manifest, name)} {name}, and {total} shard by shard"
+  for name in "records", "conversations", "pictures":
+    stated, total = getattr(manifest, name), sum([getattr(shard, name) for shard in manifest.shards])
+    if total != stated:
+      yield f"{directory}: the manifest says {stated} {name}, and {total} shard by shard"
   errors = directory / ERRORS
   skipped = len(errors.read_text().splitlines()) if errors.exists() else 0
   if skipped != manifest.skipped:
-    yield f"{errors}: {skipped} skipped pictures, the manifest says {manifest.skipped}"
+    yield f"{errors}: {skipped} skipped examples, the manifest says {manifest.skipped}"
   known = {shard.file for shard in manifest.shards}
   for path in sorted(directory.glob(f"{NAME}-*")):
     if path.name.removesuffix(".index") not in known:
       yield f"{path}: not in the manifest: remove it"
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise UserError(f"{message} (usage: python -m refiner_export.records.verify DIR [--threads N])")
-
-
-def main(arguments: list[str]) -> int:
-  """Verifies a directory and prints what it finds; returns the exit code, 0 or 1. Raises `UserError`."""
-  parser = _Parser(prog="python -m refiner_export.records.verify", description="Reads all of an exported directory again.")
-  parser.add_argument("directory", metavar="DIR", help="a directory that python -m refiner_export wrote")
-  parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads that decode records")
-  options = parser.parse_args(arguments)
-  require(options.threads >= 1, f"--threads: expected at least 1, got {options.threads}")
-  manifest, count = Manifest.load(options.directory), 0
-  with tqdm.tqdm(total=manifest.records, unit="record", file=sys.stderr) as bar:
-    for count, problem in enumerate(verify(options.directory, options.threads, bar.update), start=1):
-      bar.write(problem, file=sys.stdout)
+def main(directory: str, threads: int) -> int:
+  """Verifies a directory and prints what is wrong. Returns the exit code, 0 or 1. Raises `UserError`."""
+  manifest, count = Manifest.load(directory), 0
+  with Progress(manifest.records, unit="record") as progress:
+    for problem in verify(directory, threads, progress.add):
+      count += 1
+      progress.write(problem)
   storage = manifest.storage
-  print(f"{options.directory}: {count or 'no'} problem{'s' * (count != 1)} in {manifest.records} records of "
+  print(f"{directory}: {count or 'no'} problem{'s' * (count != 1)} in {manifest.records} records of "
         f"{len(manifest.shards)} {manifest.format} shards, {manifest.conversations} conversations, "
         f"{storage.bytes_per_record:,.0f} bytes per record", flush=True)
   return 1 if count else 0
 
 
-def run(arguments: list[str]) -> NoReturn:
-  """`main` as a command, which exits with its code, or with 2 and one line for a `UserError`."""
-  try:
-    sys.exit(main(arguments))
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
+COMMAND = Command(
+    name="refiner_export verify",
+    about=__doc__,
+    main=main,
+    flags=(Flag("threads", "threads that decode records", default=os.cpu_count() or 1, at_least=1),),
+    positional=(Positional("directory", "DIR", "a directory that python -m refiner_export wrote"),),
+    examples=("python -m refiner_export verify DIR",),
+)
 
 if __name__ == "__main__":
-  run(sys.argv[1:])
+  COMMAND.run()

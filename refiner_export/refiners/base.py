@@ -1,4 +1,7 @@
-"""What the pipeline asks of a visual refiner: three parts, each of which takes a batch of pictures at once."""
+"""The interface of a visual refiner: a tagger, a detector and a segmenter, which all work on batches of pictures.
+
+Nothing here needs torch, so that an export with the classical refiner needs none either.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,53 +15,79 @@ from refiner_export.sources.base import SourceObject
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-  """An upright RGB picture; `objects` are its source's annotations, empty for a photo that nobody annotated."""
+class UprightPicture:
+  """A picture as refiners see it.
+
+  Attributes:
+    image: RGB, turned upright.
+    objects: the annotations of the export source; empty for a picture that nobody annotated.
+  """
   image: Image.Image
   objects: tuple[SourceObject, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Tags:
-  """What is in a picture, best first: lower-case names and float32 (T,) scores in [0, 1]."""
+  """What a picture shows, in descending score.
+
+  Attributes:
+    names: T lower-case tags.
+    scores: float32 (T,) in [0, 1].
+  """
   names: tuple[str, ...]
   scores: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-  """Where it is: K objects in descending score, and N rows of features for the whole picture; arrays are float32."""
-  tags: tuple[str, ...]        # K
-  boxes: np.ndarray            # (K, 4) xyxy in [0, 1]
-  scores: np.ndarray           # (K,)
-  row_features: np.ndarray     # (N, 256)
-  row_boxes: np.ndarray        # (N, 4) cxcywh in [0, 1]
+  """Where the tags are: K objects in descending score, and N rows of features for the whole picture.
+
+  Attributes:
+    tags: K tags, one per object.
+    boxes: float32 (K, 4) xyxy in [0, 1].
+    scores: float32 (K,) in [0, 1].
+    row_features: float32 (N, 256).
+    row_boxes: float32 (N, 4) cxcywh in [0, 1].
+  """
+  tags: tuple[str, ...]
+  boxes: np.ndarray
+  scores: np.ndarray
+  row_features: np.ndarray
+  row_boxes: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-  """What lies under the mask of each of K objects, in the order of the detections; arrays are float32."""
-  features: np.ndarray         # (K, 256)
-  ious: np.ndarray             # (K,) how well the segmenter believes its mask to fit; 1 for a given mask
-  areas: np.ndarray            # (K,) share of the picture that the mask covers, in [0, 1]
-  rles: tuple[bytes, ...]      # K masks as COCO's compressed run-length codes of the picture's size; or none kept
+  """What lies under the mask of each of K objects, in the order of the detections.
+
+  Attributes:
+    features: float32 (K, 256).
+    ious: float32 (K,), the segmenter's estimate of how well the mask fits; 1 for a given mask.
+    areas: float32 (K,), the share of the picture that the mask covers, in [0, 1].
+    rles: K masks in COCO's compressed run-length code, of the picture's size; empty when masks are not stored.
+  """
+  features: np.ndarray
+  ious: np.ndarray
+  areas: np.ndarray
+  rles: tuple[bytes, ...]
 
 
 class Tagger(Protocol):
-  def tag(self, pictures: Sequence[Picture]) -> list[Tags]:
+  def tag(self, pictures: Sequence[UprightPicture]) -> list[Tags]:
     """Names what each picture shows."""
 
 
 class Detector(Protocol):
+  """`rows` is the number N of feature rows that every picture gets."""
   rows: int
 
-  def detect(self, pictures: Sequence[Picture], tags: Sequence[Tags]) -> list[Detections]:
-    """Finds the tagged objects of each picture, and gives `rows` feature rows that cover it."""
+  def detect(self, pictures: Sequence[UprightPicture], tags: Sequence[Tags]) -> list[Detections]:
+    """Finds the tagged objects of each picture, and describes the whole picture in `rows` rows."""
 
 
 class Segmenter(Protocol):
-  def segment(self, pictures: Sequence[Picture], detections: Sequence[Detections]) -> list[Segments]:
-    """Masks the detected objects of each picture and describes what lies under each mask."""
+  def segment(self, pictures: Sequence[UprightPicture], detections: Sequence[Detections]) -> list[Segments]:
+    """Makes a mask of each detected object, and describes what lies under it."""
 
 
 class Refiner(Protocol):
@@ -69,12 +98,18 @@ class Refiner(Protocol):
 
 
 class RefinerSettings(Settings):
-  """Names a refiner and whatever decides its results. Reading a configuration loads no network: `build` does."""
+  """Base of the settings of all refiners. Settings load no network: only `build` does.
+
+  A user adds a refiner by writing a subclass with both methods.
+  """
 
   def describe(self) -> dict:
-    """Everything that decides the features, with the refiner's name and version: what the fingerprint hashes."""
+    """Everything that decides the features, with the refiner's `name` and `version`. The fingerprint is its hash.
+
+    The values are plain ones that JSON can hold.
+    """
     raise NotImplementedError
 
   def build(self) -> Refiner:
-    """Loads what the refiner needs: to be called once in a process. Raises `UserError` for files that do not fit."""
+    """Loads what the refiner needs. A process calls this once. Raises `UserError` for files that do not fit."""
     raise NotImplementedError

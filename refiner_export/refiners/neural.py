@@ -1,4 +1,4 @@
-"""The refiner of the paper: RAM++ says what is in a picture, Grounding-DINO finds it, SAM-HQ masks it."""
+"""The refiner of the paper: RAM++ names what is in a picture, Grounding-DINO finds it, SAM-HQ masks it."""
 
 import dataclasses
 import functools
@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from refiner_export.refiners.base import Detections, Picture, RefinerSettings, Segments, Tags
+from refiner_export.common.settings import require
+from refiner_export.refiners.base import Detections, RefinerSettings, Segments, Tags, UprightPicture
 from refiner_export.refiners.compute import Compute
 from refiner_export.refiners.grounding_dino.detector import GroundingDino, GroundingDinoDetector
 from refiner_export.refiners.originals.grounding_dino import OriginalGroundingDino
@@ -16,26 +17,22 @@ from refiner_export.refiners.originals.ram_plus import OriginalRamPlus
 from refiner_export.refiners.originals.sam_hq import OriginalSamHQ
 from refiner_export.refiners.ram_plus.tagger import RamPlus, RamPlusTagger
 from refiner_export.refiners.sam_hq.segmenter import SamHQ, SamHQSegmenter
-from refiner_export.common.settings import require
 
-_VERSION = 1  # to be raised whenever the three together would give other features; each has a version of its own
-_KINDS = {  # as each part calls itself when it is described
-    "ram_plus": RamPlus, "original_ram_plus": OriginalRamPlus,
-    "grounding_dino": GroundingDino, "original_grounding_dino": OriginalGroundingDino,
-    "sam_hq": SamHQ, "original_sam_hq": OriginalSamHQ}
-_FILES = {"tagger": ("checkpoint", "tag_list", "thresholds"), "detector": ("checkpoint", "tokenizer"),
-          "segmenter": ("checkpoint",)}
-_OPTIONAL = "detector.tokenizer"  # may lie in the directory of the checkpoint
+_VERSION = 1  # raise it when the three networks together would give other features; each network has its own version
+_CLASSES = {"tagger": (RamPlus, OriginalRamPlus),  # by role
+            "detector": (GroundingDino, OriginalGroundingDino),
+            "segmenter": (SamHQ, OriginalSamHQ)}
+_OPTIONAL = "detector.tokenizer"  # the checkpoint's directory may have it
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class NeuralRefiner(RefinerSettings):
-  """Three networks, one after the other, on one device.
+  """Three networks, which run one after the other on one device.
 
   Attributes:
-    tagger, detector, segmenter: this project's, or the class of the same name in `refiners.original`, which runs the
-      authors' package.
-    compute: where and how all three run.
+    tagger, detector, segmenter: this project's networks, or the classes of `refiners.originals`, which run the authors'
+      packages.
+    compute: where and how all three networks run.
   """
   tagger: RamPlus
   detector: GroundingDino
@@ -43,20 +40,23 @@ class NeuralRefiner(RefinerSettings):
   compute: Compute = dataclasses.field(default_factory=Compute)
 
   def describe(self) -> dict:
-    """See `RefinerSettings`. The files, which are of gigabytes, are read once for each object."""
+    """See `RefinerSettings`. The files have gigabytes, so every object reads them only once."""
     return dict(self._description)
 
   @functools.cached_property
   def _description(self) -> dict:
-    return {"name": "neural", "version": _VERSION, "precision": self.compute.precision,
-            **{role: getattr(self, role).describe() for role in _FILES}}
+    described = {"name": "neural", "version": _VERSION, "precision": self.compute.precision}
+    for role in _CLASSES:
+      described[role] = getattr(self, role).describe()
+    return described
 
   def build(self) -> "NeuralModels":
-    return NeuralModels(*(getattr(self, role).build(self.compute) for role in _FILES))
+    return NeuralModels(
+        self.tagger.build(self.compute), self.detector.build(self.compute), self.segmenter.build(self.compute))
 
 
 class NeuralModels:
-  """The networks on their device; see `Refiner`. Each has its own batches within the pictures that it is given."""
+  """The networks on their device; see `Refiner`. Each network makes batches of the size that its settings say."""
 
   def __init__(self, tagger: RamPlusTagger, detector: GroundingDinoDetector, segmenter: SamHQSegmenter):
     self.tagger, self.detector, self.segmenter = _Tagger(tagger), _Detector(detector), _Segmenter(segmenter)
@@ -66,7 +66,7 @@ class _Tagger:
   def __init__(self, network: RamPlusTagger):
     self.network = network
 
-  def tag(self, pictures: Sequence[Picture]) -> list[Tags]:
+  def tag(self, pictures: Sequence[UprightPicture]) -> list[Tags]:
     return self.network.tag_prepared(_prepare(self.network.prepare, pictures))
 
 
@@ -74,7 +74,7 @@ class _Detector:
   def __init__(self, network: GroundingDinoDetector):
     self.network, self.rows = network, network.rows
 
-  def detect(self, pictures: Sequence[Picture], tags: Sequence[Tags]) -> list[Detections]:
+  def detect(self, pictures: Sequence[UprightPicture], tags: Sequence[Tags]) -> list[Detections]:
     return self.network.detect_prepared(_prepare(self.network.prepare, pictures), tags)
 
 
@@ -82,43 +82,58 @@ class _Segmenter:
   def __init__(self, network: SamHQSegmenter):
     self.network = network
 
-  def segment(self, pictures: Sequence[Picture], detections: Sequence[Detections]) -> list[Segments]:
+  def segment(self, pictures: Sequence[UprightPicture], detections: Sequence[Detections]) -> list[Segments]:
     sizes = [picture.image.size for picture in pictures]
     return self.network.segment_prepared(_prepare(self.network.prepare, pictures), sizes, detections)
 
 
-def _prepare(prepare: Callable[[Image.Image], np.ndarray], pictures: Sequence[Picture]) -> list[np.ndarray]:
-  """A network's input of each picture, made by all cores at once: Pillow lets go of Python's lock."""
+def _prepare(prepare: Callable[[Image.Image], np.ndarray], pictures: Sequence[UprightPicture]) -> list[np.ndarray]:
+  """The inputs of a network, made on all cores at once. Threads are enough, because Pillow releases Python's lock."""
+  images = [picture.image for picture in pictures]
   with ThreadPoolExecutor() as pool:
-    return list(pool.map(lambda picture: prepare(picture.image), pictures))
+    return list(pool.map(prepare, images))
 
 
-def from_description(described: dict, files: Mapping[str, str]) -> NeuralRefiner:
+def from_description(described: Mapping, files: Mapping[str, str]) -> NeuralRefiner:
   """The settings that `NeuralRefiner.describe` described, checked and locked.
 
   Args:
-    described: it holds the files' digests, but not where they lie.
-    files: paths, by dotted field: `tagger.checkpoint`, `tagger.tag_list`, `tagger.thresholds`, `detector.checkpoint`,
-      `detector.tokenizer` unless that is in the checkpoint's directory, and `segmenter.checkpoint`.
+    described: has the digests of the files, but not their paths.
+    files: paths by dotted field: `tagger.checkpoint`, `tagger.tag_list`, `tagger.thresholds`, `detector.checkpoint`,
+      `segmenter.checkpoint`, and `detector.tokenizer` unless the checkpoint's directory has the tokenizer.
 
   Raises:
-    UserError: a file is not named or does not exist; a part is not known to this program.
+    UserError: a file is not named or does not exist, or this program does not have a part.
   """
-  fields = [f"{role}.{name}" for role, names in _FILES.items() for name in names]
-  missing = [field for field in fields if field not in files and field != _OPTIONAL]
+  known, missing = [], []
+  for role, kinds in _CLASSES.items():
+    for name in kinds[0].FILES:
+      field = f"{role}.{name}"
+      known.append(field)
+      if field not in files and field != _OPTIONAL:
+        missing.append(field)
   require(not missing, f"records were made by the neural refiner: name its files {', '.join(missing)}")
-  unknown = files.keys() - set(fields)
-  require(not unknown, f"{min(unknown, default='')}: the neural refiner has no such file (known: {', '.join(fields)})")
-  parts = {role: _part(described[role], role, files) for role in _FILES}
+  unknown = files.keys() - set(known)
+  require(not unknown, f"{min(unknown, default='')}: the neural refiner has no such file (known: {', '.join(known)})")
+  parts = {}
+  for role in _CLASSES:
+    parts[role] = _part(described[role], role, files)
   refiner = NeuralRefiner(**parts, compute=Compute(precision=described["precision"]))
   refiner.finalize("refiner")
   return refiner
 
 
-def _part(described: dict, role: str, files: Mapping[str, str]) -> RamPlus | GroundingDino | SamHQ:
-  kind = _KINDS.get(described["name"])
-  require(kind is not None,
+def _part(described: Mapping, role: str, files: Mapping[str, str]) -> RamPlus | GroundingDino | SamHQ:
+  """The settings of one network: the files from `files`, all other described fields from `described`."""
+  by_name = {kind.NAME: kind for kind in _CLASSES[role]}
+  require(described["name"] in by_name,
           f"records were made with {described['name']}, which this program does not have: export again")
-  names = {field.name for field in dataclasses.fields(kind)} & described.keys() - set(_FILES[role])
-  paths = {name: files[f"{role}.{name}"] for name in _FILES[role] if f"{role}.{name}" in files}
-  return kind(**{name: described[name] for name in names}, **paths)
+  kind = by_name[described["name"]]
+  values = {}
+  for field in dataclasses.fields(kind):
+    path = f"{role}.{field.name}"
+    if path in files:
+      values[field.name] = files[path]
+    elif field.name in described and field.name not in kind.FILES:
+      values[field.name] = described[field.name]
+  return kind(**values)

@@ -1,12 +1,13 @@
-"""What every source yields: one picture with its texts and, where known, its objects."""
+"""What every source yields: examples, which are pictures as found with the texts about them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 
-from refiner_export.records.record import ASSISTANT, USER, Conversation, Turn
+from refiner_export.records.record import ASSISTANT, USER, Conversation, Turn, box_placeholder
+
+Corners = tuple[float, float, float, float]  # xyxy in [0, 1] of the upright picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,52 +20,55 @@ class SourceObject:
     mask: None, or a function without arguments that returns bool (H, W) over the whole upright picture, at any size.
   """
   tag: str
-  box: tuple[float, float, float, float]
+  box: Corners
   mask: Callable[[], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceExample:
-  """One picture as found, with its texts; `<box K>` in a text stands for `text_boxes[K]`, xyxy in [0, 1].
+class SourcePicture:
+  """A picture as found.
 
-  `read_image` returns the bytes of the file: they are read only when the example's turn comes, so that a plan over
-  many thousands of examples stays small.
+  Attributes:
+    read: returns the bytes of the file. The exporter calls it when the example's turn comes, so that a list of many
+      thousands of examples stays small.
+    objects: the source's annotations; empty for a picture that nobody annotated.
+    text_boxes: the boxes that texts refer to, xyxy in [0, 1]; `<box I.K>` stands for `text_boxes[K]` of picture I.
+    credit: whom to thank for the picture; pages show it.
   """
+  read: Callable[[], bytes]
+  objects: tuple[SourceObject, ...] = ()
+  text_boxes: tuple[Corners, ...] = ()
+  credit: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceExample:
+  """Pictures with their texts. A text points at picture K by `<image K>`; an example of text alone has no picture."""
   id: str
-  read_image: Callable[[], bytes]
+  pictures: tuple[SourcePicture, ...] = ()
   captions: tuple[str, ...] = ()
   conversations: tuple[Conversation, ...] = ()
-  text_boxes: tuple[tuple[float, float, float, float], ...] = ()
-  objects: tuple[SourceObject, ...] = ()
-
-
-class Source(Protocol):
-  """A settings class that names its input files and reads them."""
-  name: str
-
-  def examples(self) -> Sequence[SourceExample]:
-    """All examples, in the same order on each call; ids are unique. Raises `UserError` for missing or wrong files."""
 
 
 class TextBoxes:
-  """Collects the boxes that one picture's texts refer to; the same box gets the same placeholder."""
+  """Collects the boxes that texts refer to in one picture; equal boxes get the same placeholder.
 
-  def __init__(self):
-    self._boxes: dict[tuple[float, float, float, float], int] = {}
+  Args:
+    picture: the number of the picture in its example.
+  """
 
-  def placeholder(self, box: tuple[float, float, float, float]) -> str:
-    return f"<box {self._boxes.setdefault(box, len(self._boxes))}>"
+  def __init__(self, picture: int = 0):
+    self._picture = picture
+    self._numbers: dict[Corners, int] = {}
 
-  def collected(self) -> tuple[tuple[float, float, float, float], ...]:
-    return tuple(self._boxes)
+  def placeholder(self, box: Corners) -> str:
+    number = self._numbers.setdefault(box, len(self._numbers))
+    return box_placeholder(self._picture, number)
+
+  def collected(self) -> tuple[Corners, ...]:
+    return tuple(self._numbers)
 
 
 def ask(task: str, question: str, answer: str) -> Conversation:
   """A conversation of one question and its answer."""
   return Conversation(task, (Turn(USER, question), Turn(ASSISTANT, answer)))
-
-
-def normalise_box(box: Sequence[float], width: float, height: float) -> tuple[float, float, float, float]:
-  """xyxy in pixels -> xyxy in [0, 1], clipped to the picture."""
-  clip = lambda value: float(min(max(value, 0.0), 1.0))
-  return clip(box[0] / width), clip(box[1] / height), clip(box[2] / width), clip(box[3] / height)

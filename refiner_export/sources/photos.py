@@ -5,74 +5,94 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+from collections.abc import Iterator
 
 from etils import epath
 
-from refiner_export.export.images import open_upright
-from refiner_export.common.settings import Settings, UserError, existing_path, require
-from refiner_export.sources.base import SourceExample, SourceObject, TextBoxes, ask, normalise_box
+from refiner_export.common.boxes import normalise
+from refiner_export.common.files import hash_file
+from refiner_export.common.images import open_upright
+from refiner_export.common.settings import UserError, existing_path, require
+from refiner_export.records.record import Conversation
+from refiner_export.sources.base import SourceExample, SourceObject, SourcePicture, TextBoxes, ask
+from refiner_export.sources.source import SourceSettings, Unit
 
 _PACKAGED = epath.Path(__file__).parent / "photos.json"
 _DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
 @dataclasses.dataclass(unsafe_hash=True)
-class Photos(Settings):
-  """Photos from installed packages with our own captions, boxes and questions.
+class Photos(SourceSettings):
+  """Photos from installed packages, with captions, boxes and questions that were written for this project.
 
   Attributes:
-    annotations: a JSON file of the same form as the packaged `photos.json`; None takes that one.
+    annotations: a JSON file of the same form as the packaged `photos.json`; None takes the packaged file.
   """
   annotations: str | None = None
 
   name = "photos"
 
-  def examples(self) -> list[SourceExample]:
-    path = _PACKAGED if self.annotations is None else existing_path(
-        self.annotations, "source.annotations", "Name a JSON list of annotated photos.")
-    try:
-      photos = json.loads(path.read_text())
-    except ValueError as error:
-      raise UserError(f"{path}: not JSON ({error}): mend the file") from None
-    return [_example(photo, path) for photo in photos]
+  def shards(self) -> list[Unit]:
+    file = self._file()
+    return [Unit(file.name, len(_read_json(file)), hash_file(file))]
+
+  def read(self, unit: Unit) -> Iterator[SourceExample]:
+    return self.read_slice(unit)
+
+  def read_slice(self, unit: Unit, start: int = 0, stop: int | None = None) -> Iterator[SourceExample]:
+    file = self._file()
+    for photo in _read_json(file)[start:stop]:
+      yield _example(photo, file)
+
+  def _file(self) -> epath.Path:
+    if self.annotations is None:
+      return _PACKAGED
+    return existing_path(self.annotations, "source.annotations", "Name a JSON list of annotated photos.")
 
 
-def credits() -> dict[str, str]:
-  """Photo id -> whom to thank, from the packaged annotations."""
-  return {photo["id"]: photo["credit"] for photo in json.loads(_PACKAGED.read_text())}
+def _read_json(file: epath.Path) -> list[dict]:
+  try:
+    return json.loads(file.read_text())
+  except ValueError as error:
+    raise UserError(f"{file}: not JSON ({error}): mend the file") from None
 
 
 def _example(photo: dict, annotations: epath.Path) -> SourceExample:
   file = _package_file(photo["package"], photo["file"])
-  # Boxes are in pixels, so the picture's size is needed here already.
+  # The file gives boxes in pixels, and records want shares of the picture: its size is needed here already.
   width, height = open_upright(file.read_bytes(), photo["id"]).size
   try:
-    return _annotate(photo, file, width, height)
+    objects = []
+    for entry in photo["objects"]:
+      objects.append(SourceObject(entry["tag"].lower(), normalise(entry["box"], width, height)))
+    text_boxes = TextBoxes()
+    conversations = _conversations(photo, objects, text_boxes)
+    picture = SourcePicture(file.read_bytes, tuple(objects), text_boxes.collected(), photo.get("credit", ""))
+    return SourceExample(photo["id"], (picture,), tuple(photo["captions"]), tuple(conversations))
   except (KeyError, IndexError, TypeError) as error:
     raise UserError(f"{annotations}: photo {photo['id']}: bad or missing entry {error}: mend the file") from error
 
 
-def _annotate(photo: dict, file: pathlib.Path, width: int, height: int) -> SourceExample:
-  objects = tuple(SourceObject(entry["tag"].lower(), normalise_box(entry["box"], width, height))
-                  for entry in photo["objects"])
-  text_boxes = TextBoxes()
-  box = lambda index: text_boxes.placeholder(objects[index].box)
-  conversations = [ask("caption", "", photo["captions"][0])]
-  for entry in photo["questions"]:
-    task, question = entry["task"], entry["question"]
-    if task == "where":
-      conversations.append(ask("dialogue", question, box(entry["object"])))
-    elif task == "multiple_choice":
-      options = [f"({chr(ord('a') + k)}) {option}" for k, option in enumerate(entry["options"])]
-      conversations.append(ask("multiple_choice", " ".join([question, *options]), options[entry["answer"]]))
-    else:
-      conversations.append(ask("vqa", question, entry["answer"]))
-  conversations.append(ask("region", box(photo["description"]["object"]), photo["description"]["text"]))
+def _conversations(photo: dict, objects: list[SourceObject], text_boxes: TextBoxes) -> list[Conversation]:
+  """Questions, the description of a region, and a question for each object whose name is unique in the photo."""
+  conversations = [_question(entry, objects, text_boxes) for entry in photo["questions"]]
+  described = objects[photo["description"]["object"]]
+  conversations.append(ask("region", text_boxes.placeholder(described.box), photo["description"]["text"]))
   frequency = collections.Counter(thing.tag for thing in objects)
-  conversations += [ask("rec", f"the {thing.tag}", box(k))
-                    for k, thing in enumerate(objects) if frequency[thing.tag] == 1]
-  return SourceExample(photo["id"], file.read_bytes, tuple(photo["captions"]), tuple(conversations),
-                       text_boxes.collected(), objects)
+  for thing in objects:
+    if frequency[thing.tag] == 1:
+      conversations.append(ask("rec", f"the {thing.tag}", text_boxes.placeholder(thing.box)))
+  return conversations
+
+
+def _question(entry: dict, objects: list[SourceObject], text_boxes: TextBoxes) -> Conversation:
+  task, question = entry["task"], entry["question"]
+  if task == "where":
+    return ask("dialogue", question, text_boxes.placeholder(objects[entry["object"]].box))
+  if task == "multiple_choice":
+    options = [f"({chr(ord('a') + k)}) {option}" for k, option in enumerate(entry["options"])]
+    return ask("multiple_choice", " ".join([question, *options]), options[entry["answer"]])
+  return ask("vqa", question, entry["answer"])
 
 
 def _package_file(package: str, file: str) -> pathlib.Path:

@@ -1,4 +1,4 @@
-"""These tests need the environment of `make test-original`; anywhere else they are not collected."""
+"""These tests need the environment of `make test-original`. In other environments they are not collected."""
 
 import importlib.util
 import pathlib
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refiner_export.refiners.base import Picture
+from refiner_export.refiners.base import UprightPicture
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "refiner_export"))  # models with random weights
 
@@ -19,7 +19,7 @@ SIZES = (90, 61), (61, 90)  # width and height
 
 
 @pytest.fixture(scope="session")
-def pictures() -> list[Picture]:
+def pictures() -> list[UprightPicture]:
   draw = np.random.default_rng(0)
   noise = [Image.fromarray(draw.integers(0, 255, (6, 6, 3), np.uint8)) for _ in SIZES]
-  return [Picture(image.resize(size, Image.Resampling.BICUBIC)) for image, size in zip(noise, SIZES)]
+  return [UprightPicture(image.resize(size, Image.Resampling.BICUBIC)) for image, size in zip(noise, SIZES)]

@@ -1,4 +1,4 @@
-"""The environment of constraints-original.txt, without JAX and with an older transformers, is enough to export."""
+"""The environment of constraints-original.txt is enough to export. It has no JAX and an older transformers."""
 
 import pathlib
 import subprocess
@@ -25,7 +25,7 @@ def get_config():
 
 
 def test_the_exporter_takes_the_authors_packages_from_a_configuration(tmp_path):
-  """It comes as far as the first file that is not there, which is the segmenter's: the last to be checked."""
+  """The command ends at the first missing file. The segmenter's file is missing, and it is checked last."""
   (tmp_path / "config.py").write_text(CONFIG)
   (tmp_path / "numbers.txt").write_text("0.5\n")
   (tmp_path / "vocab.txt").write_text("[PAD]\n")

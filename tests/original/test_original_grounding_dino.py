@@ -1,4 +1,4 @@
-"""Grounding-DINO-T at its full size with random weights: the package groundingdino and this project's model."""
+"""Grounding-DINO-T at full size with random weights: the package groundingdino is compared with this project."""
 
 import pathlib
 from unittest import mock
@@ -22,7 +22,7 @@ SMALL = {"shortest": 192, "longest": 288, "box_threshold": 0.3, "text_threshold"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-  """An official checkpoint and a vocabulary with the tokens that the model knows by number."""
+  """A folder with an official checkpoint and a vocabulary. Special tokens have the numbers that the model knows."""
   folder = tmp_path_factory.mktemp("grounding_dino")
   placed = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}
   placed |= dict(enumerate(GROUNDING_DINO_WORDS, start=2000))
@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
   network = build_untrained(BertTokenizer.from_pretrained(folder)).network
   randomise(network, seed=0)
   with torch.no_grad():
-    for layer in network.transformer.encoder.text_layers:  # else every query is sure of every token
+    for layer in network.transformer.encoder.text_layers:  # otherwise every query is sure of every token
       layer.norm2.weight *= 0.1
     for head in (network.bbox_embed[0], network.transformer.enc_out_bbox_embed):  # so that boxes touch the border
       head.layers[-1].weight *= 4
@@ -54,30 +54,30 @@ def original(folder):
 
 
 @pytest.fixture(scope="module")
-def own(folder):
+def project(folder):
   return settings(GroundingDino, folder).build(CPU)
 
 
 @pytest.fixture(scope="module")
-def inputs(own, pictures):
-  """The network's arguments for a batch of the first picture with a short and a longer caption."""
-  pixels = np.asarray(own.prepare(pictures[0].image)) / 255.0
+def inputs(project, pictures):
+  """Arguments of the network for a batch: the first picture with a short caption and with a longer one."""
+  pixels = np.asarray(project.prepare(pictures[0].image)) / 255.0
   normalised = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-  ids, mask, _ = own.captioner.pad([own.captioner.captions(tags)[0] for tags in TAGS])
+  ids, mask, _ = project.captioner.pad([project.captioner.captions(tags)[0] for tags in TAGS])
   return torch.tensor(normalised, dtype=torch.float32).permute(2, 0, 1).expand(2, -1, -1, -1), ids, mask
 
 
 class Choices:
-  """Which of a picture's places the queries start from, written down for one network and prescribed to another.
+  """Records from which places of a picture the queries of one network start, and prescribes them to another network.
 
-  A query depends on its rank among the 900, and of so many random scores some are closer than rounding errors.
+  A query depends on its rank among the 900. Some of so many random scores differ by less than rounding errors.
   """
 
   def __init__(self):
     self.taken = []
 
   def record(self):
-    """Inside, a network chooses for itself."""
+    """A context in which a network chooses freely, and its choices are recorded."""
     choose = torch.topk
 
     def topk(scores, k, **keywords):
@@ -88,7 +88,11 @@ class Choices:
     return mock.patch.object(torch, "topk", topk)
 
   def replay(self, pictures=slice(None)):
-    """Inside, a network must come to the same scores of these pictures of a batch, and gets the same places."""
+    """A context in which a network must give the recorded scores, and gets the recorded places.
+
+    Args:
+      pictures: which pictures of the recorded batch the network sees.
+    """
     taken = iter(self.taken)
 
     def topk(scores, k, **keywords):
@@ -101,16 +105,16 @@ class Choices:
 
 @pytest.fixture(scope="module")
 def package_run(original, inputs):
-  """What the package's network gave for the batch, and its choices."""
+  """The outputs of the package's network for the batch, and its choices."""
   choices = Choices()
   with torch.inference_mode(), choices.record():
     return original.model(*inputs), choices
 
 
-def test_both_networks_agree(own, inputs, package_run):
+def test_both_networks_agree(project, inputs, package_run):
   outputs, choices = package_run
   with torch.inference_mode(), choices.replay():
-    ours = own.model(*inputs)
+    ours = project.model(*inputs)
   hidden, _, boxes = outputs
   assert hidden.shape == (2, 900, 256) and ((boxes < 1e-3) | (boxes > 1 - 1e-3)).any()
   for name, left, right in zip(("hidden", "logits", "boxes"), ours, outputs):
@@ -120,7 +124,7 @@ def test_both_networks_agree(own, inputs, package_run):
 
 
 def test_a_batch_gives_what_the_package_gives_for_each_alone(original, folder, inputs, package_run, monkeypatch):
-  """With the package's own tokenizer, and without the hooks that give each caption its own mask."""
+  """The package runs with its tokenizer, and without the hooks that repeat the mask of each caption."""
   network, ((_, logits, boxes), choices) = original.model.network, package_run
   monkeypatch.setattr(network, "tokenizer", BertTokenizer.from_pretrained(folder))
   for layer in network.transformer.encoder.text_layers:
@@ -132,17 +136,17 @@ def test_a_batch_gives_what_the_package_gives_for_each_alone(original, folder, i
     torch.testing.assert_close(alone["pred_boxes"][0], boxes[index], atol=1e-3, rtol=0)
 
 
-def test_both_detectors_agree(original, own, pictures):
+def test_both_detectors_agree(original, project, pictures):
   tags, choices = [Tags(names, np.ones(len(names), np.float32)) for names in TAGS], Choices()
   with choices.record():
     expected = original.detect(pictures, tags)
   with choices.replay():
-    found = own.detect(pictures, tags)
+    found = project.detect(pictures, tags)
   for left, right in zip(found, expected, strict=True):
     assert len(right.tags) > 3
     for rows in (all_rows, all_objects):
       assert rows(left).shape == rows(right).shape
-      # Those of nearly equal score may change places.
+      # Rows of nearly equal score may change places.
       distances = torch.cdist(rows(left), rows(right), p=float("inf"))
       assert max(distances.amin(dim=0).max(), distances.amin(dim=1).max()) < 1e-3, rows.__name__
 

@@ -1,4 +1,4 @@
-"""SAM-HQ with a full-size ViT-B and random weights: the package segment_anything_hq and this project's segmenter."""
+"""SAM-HQ with a full-size ViT-B and random weights: segment_anything_hq is compared with this project's segmenter."""
 
 import numpy as np
 import pytest
@@ -55,12 +55,12 @@ def original(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def own(checkpoint):
+def project(checkpoint):
   return settings(SamHQ, checkpoint).build(CPU)
 
 
 class Run:
-  """What a segmenter made of the pictures, and what its decoder was given and gave at each call."""
+  """The segments that a segmenter made of the pictures, and the inputs and outputs of its decoder at each call."""
 
   def __init__(self, segmenter, pictures, detections):
     self.calls = []
@@ -69,8 +69,8 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def runs(original, own, pictures, detections):
-  return Run(original, pictures, detections), Run(own, pictures, detections)
+def runs(original, project, pictures, detections):
+  return Run(original, pictures, detections), Run(project, pictures, detections)
 
 
 def test_both_networks_agree(runs):
@@ -81,19 +81,19 @@ def test_both_networks_agree(runs):
     torch.testing.assert_close(found.logits, expected.logits, atol=1e-3, rtol=0)
 
 
-def test_boxes_of_many_pictures_in_one_decode(original, own):
+def test_boxes_of_many_pictures_in_one_decode(original, project):
   draw = torch.Generator().manual_seed(1)
   embeddings, early = torch.randn(2, 256, 64, 64, generator=draw), torch.randn(2, 64, 64, 768, generator=draw)
   prompts, owners = torch.tensor(BOXES[0]) * 1024, torch.tensor([0, 1, 1])
   with torch.inference_mode():
     expected, found = (segmenter.decoder(embeddings, segmenter.decoder.fuse(embeddings, early), prompts, owners)
-                       for segmenter in (original, own))
+                       for segmenter in (original, project))
   for name, tolerance in (("tokens", 1e-4), ("ious", 1e-4), ("logits", 1e-3)):
     torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=tolerance, rtol=0)
 
 
 def test_both_segmenters_agree_with_the_packages_predictor(runs, sam, pictures):
-  """From the picture to its masks, the package's own way and this project's with either network."""
+  """Compares masks that the package's predictor makes with masks that this project makes with either network."""
   segments = runs[0].segments
   for segment, ours in zip(segments, runs[1].segments, strict=True):
     np.testing.assert_allclose(ours.features, segment.features, atol=1e-4)

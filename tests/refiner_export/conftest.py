@@ -76,6 +76,6 @@ def finished(coco, tmp_path_factory) -> pathlib.Path:
   return output
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make():
   return make_config

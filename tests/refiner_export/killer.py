@@ -1,15 +1,16 @@
 """python killer.py HOW CONFIG FOLDER: exports in child processes that are killed, again and again, and go on.
 
-A child is forked after the imports, which would else take most of the time. HOW is
+A child is forked after the imports, because the imports take most of the time. HOW is
 
-  moments     one export into FOLDER/reference that nobody disturbs, then exports into FOLDER/0, FOLDER/1, ..., killed
-              at random moments, at least 20 times in all
-  operations  exports into FOLDER/0, FOLDER/1, ...: number K is killed just before operation K on its files, and goes on
-              undisturbed; the last is that which has fewer operations
+  moments     one export into FOLDER/reference is not disturbed. Exports into FOLDER/0, FOLDER/1, ... are killed at
+              random moments, at least 20 times in all.
+  operations  the export into FOLDER/K is killed just before operation K on its files, and then goes on undisturbed. The
+              last export has fewer than K operations and is not killed.
 
-and the last line of the output says how many were killed.
+The last line of the output says how many exports were killed.
 """
 
+import functools
 import os
 import pathlib
 import random
@@ -25,8 +26,8 @@ KILLS = 20  # at least
 _OPERATIONS = "os.rename", "os.remove", "os.mkdir"
 
 
-def start(path, output, before=lambda: None) -> int:
-  """Forks a child that exports; its process id."""
+def start(path, output, before=None) -> int:
+  """Forks a child that calls `before` and exports. Returns its process id."""
   child = os.fork()
   if child:
     return child
@@ -35,7 +36,8 @@ def start(path, output, before=lambda: None) -> int:
     config = runpy.run_path(path)["get_config"]()
     config.output = str(output)
     config.finalize()
-    before()
+    if before:
+      before()
     export(config)
     code = 0
   except BaseException:
@@ -46,7 +48,7 @@ def start(path, output, before=lambda: None) -> int:
 
 
 def was_killed(child: int) -> bool:
-  """Waits for its end; a child that failed by itself ends everything."""
+  """Waits for the end of a child. A child that failed by itself ends the whole program."""
   _, status = os.waitpid(child, 0)
   if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
     sys.exit("an export failed")
@@ -62,7 +64,7 @@ def at_moments(path, folder) -> int:
     killed = True
     while killed:
       child = start(path, folder / str(exports))
-      # Longer from time to time: to look at what is finished takes longer too, and machines become slower.
+      # The pause grows, because looking at finished shards takes time too, and a machine may become slower.
       time.sleep(generator.uniform(0, undisturbed / 15 * (1 + kills / KILLS)))
       os.kill(child, signal.SIGKILL)
       killed = was_killed(child)
@@ -73,13 +75,13 @@ def at_moments(path, folder) -> int:
 
 def at_operations(path, folder) -> int:
   for kills in range(1000):
-    if not was_killed(start(path, folder / str(kills), lambda: kill_before(kills, folder))):
+    if not was_killed(start(path, folder / str(kills), functools.partial(kill_before, kills, folder))):
       return kills
     was_killed(start(path, folder / str(kills)))
 
 
 def kill_before(operation: int, folder: pathlib.Path) -> None:
-  """Has this process killed when that many files in the folder were opened for writing, renamed, made or removed."""
+  """Kills this process once so many files in the folder were opened for writing, renamed, made or removed."""
   left = operation
 
   def hook(event, arguments):

@@ -1,4 +1,4 @@
-"""Refiners that do what a good one does not; in a file of their own, so that other processes can import them."""
+"""Refiners that fail, die or write logs. They have a separate file, so that other processes can import them."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from refiner_export.common.settings import UserError
 
 @dataclasses.dataclass(unsafe_hash=True)
 class LoggingRefiner(ClassicalRefiner):
-  """Writes one line into `log` each time that it is built: its process."""
+  """Writes the number of its process into `log` each time that it is built."""
   log: str = ""
 
   def describe(self):
@@ -25,7 +25,7 @@ class LoggingRefiner(ClassicalRefiner):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class UnbuildableRefiner(ClassicalRefiner):
-  """`mistake` says whether it is the user's."""
+  """Cannot be built. `mistake` says whether this is a mistake of the user, or a bug."""
   mistake: bool = True
 
   def build(self):
@@ -34,7 +34,7 @@ class UnbuildableRefiner(ClassicalRefiner):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class DyingRefiner(ClassicalRefiner):
-  """Its process is killed as by a system that is out of memory, where the file `bomb` lies, which goes with it."""
+  """Removes the file `bomb` if it exists, and kills its process as a system without memory would do."""
   bomb: str = ""
 
   def describe(self):

@@ -1,6 +1,6 @@
-"""Writes weights as the Grounding-DINO project's own code lays them out, from a file that transformers saved.
+"""Turns a file that transformers saved into an official checkpoint of the Grounding-DINO project.
 
-Written from the structure of the official modules, apart from the table of the exporter that goes the other way.
+The table was written from the official modules. It does not use the exporter's table, which goes the other way.
 """
 
 import pathlib
@@ -9,7 +9,7 @@ import re
 import torch
 from safetensors.torch import load_file
 
-_LAYER = {  # transformers' name of a part of a layer -> the official one
+_LAYER = {  # name in transformers of a part of a layer -> official name
     "fusion_layer": {"vision_param": "gamma_v", "text_param": "gamma_l", "layer_norm_vision": "layer_norm_v",
                      "layer_norm_text": "layer_norm_l", "vision_proj": "v_proj", "text_proj": "l_proj",
                      "values_vision_proj": "values_v_proj", "values_text_proj": "values_l_proj",
@@ -35,14 +35,14 @@ _BACKBONE = "model.backbone.conv_encoder.model."
 
 
 def official_weights(directory: pathlib.Path, decoder_layers: int) -> dict[str, torch.Tensor]:
-  """What the official module's state_dict would hold, and what else the released file does."""
+  """The state_dict of the official module, and the other tensors of the released file."""
   weights, fused = {}, {}
   for name, tensor in load_file(directory / "model.safetensors").items():
-    if name.startswith("bbox_embed.0."):  # one head, listed once per layer and again in the decoder
+    if name.startswith("bbox_embed.0."):  # one head, which the file lists once per layer and again in the decoder
       rest = name.removeprefix("bbox_embed.0.")
       for layer in range(decoder_layers):
         weights[f"bbox_embed.{layer}.{rest}"] = weights[f"transformer.decoder.bbox_embed.{layer}.{rest}"] = tensor
-    elif "swin.layernorm" not in name:  # transformers' alone; no one reads it
+    elif "swin.layernorm" not in name:  # only transformers has this norm, and nothing reads it
       *path, part, kind = name.split(".")
       if part in ("query", "key", "value") and "text_backbone" not in name:
         fused.setdefault((".".join(path), kind), {})[part] = tensor

@@ -1,7 +1,7 @@
 """RAM++ as its papers describe it, in double precision: one window, one place, one tag, one description at a time.
 
-Nothing is shared with the implementation under test but the names of the weights. A picture is never rolled: places
-attend to each other when they lie in one window of the partition and are neighbours in the picture.
+This model shares only the names of the weights with the model under test. Pictures are never rolled: places attend to
+each other when they lie in one window of the partition and are neighbours in the picture.
 """
 
 import math
@@ -70,7 +70,7 @@ class SlowRamPlus:
     return out + self.linear(f"{name}.mlp.fc2", hidden)
 
   def attend_in_window(self, name, places, features, heads, window):
-    """What each place takes up from the places of its window that are its neighbours."""
+    """The attention of each place to the places of its window that are its neighbours."""
     table = self.weights[f"{name}.relative_position_bias_table"]
     query, key, value = self.linear(f"{name}.qkv", torch.stack(features)).chunk(3, dim=-1)
     width = query.shape[-1] // heads
@@ -101,7 +101,7 @@ class SlowRamPlus:
     return torch.stack(logits)
 
   def look(self, query, features):
-    """One tag's query, (width,), and the picture -> its logit."""
+    """The query of one tag, (width,), and the picture -> the logit of the tag."""
     for number in range(self.tagging_layers):
       layer = f"tagging_head.encoder.layer.{number}"
       cross = f"{layer}.crossattention"

@@ -10,25 +10,29 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 
-from lyrics_jax.data.loader import ConversationSource
 from refiner_export.records.array_record import ArrayRecordReader, write_shard
 from refiner_export.records.features import FeatureSums
 from refiner_export.records.formats import open_shard
 from refiner_export.records.formats import write_shard as write_any
 from refiner_export.records.manifest import Manifest, shard_name, write_tfds_metadata
 from refiner_export.records.reader import RecordDirectory
-from refiner_export.records.record import Record, RecordError
+from refiner_export.records.record import Picture, RecordError
 from refiner_export.common.settings import UserError
-from refiner_export.records.shard_files import index_path
+from refiner_export.records.shard_files import ShardItem, index_path
 from refiner_export.records.tfrecord import ShardReader
 
 DRAW = np.random.default_rng(0)
 PAYLOADS = [DRAW.bytes(30_000), b"", b"third", DRAW.bytes(40_000)]
 
 
+def items(sums: FeatureSums = FeatureSums()) -> list[ShardItem]:
+  """Record k has k conversations and 3 - k pictures."""
+  return [ShardItem(payload, k, 3 - k, sums) for k, payload in enumerate(PAYLOADS)]
+
+
 @pytest.fixture
 def shard(tmp_path):
-  write_shard(tmp_path / "shard", ((payload, k) for k, payload in enumerate(PAYLOADS)))
+  write_shard(tmp_path / "shard", iter(items()))
   return tmp_path / "shard"
 
 
@@ -36,10 +40,11 @@ def test_random_access_counts_and_description(shard):
   reader, data = ArrayRecordReader(shard), shard.read_bytes()
   assert [reader.read(k) for k in (2, 0, 3, 1)] == [PAYLOADS[k] for k in (2, 0, 3, 1)]
   assert reader.conversation_counts.tolist() == [0, 1, 2, 3]
-  info = write_shard(shard, ((payload, k, FeatureSums(5, 1, 2.0, 0.5, 1.0)) for k, payload in enumerate(PAYLOADS)))
+  assert reader.picture_counts.tolist() == [3, 2, 1, 0]
+  info = write_shard(shard, items(FeatureSums(5, 1, 2.0, 0.5, 1.0)))
   assert shard.read_bytes() == data  # the same records are the same bytes
-  assert (info.file, info.records, info.conversations, info.bytes) == ("shard", 4, 6, len(data)) == (
-      "shard", len(reader), 6, reader.bytes)
+  assert (info.file, info.records, info.conversations, info.pictures, info.bytes) == (
+      "shard", len(reader), 6, 6, reader.bytes) == ("shard", 4, 6, 6, len(data))
   assert info.sha256 == hashlib.sha256(data).hexdigest() and (info.feature_bytes, info.squared_errors) == (20, 2.0)
   assert sorted(path.name for path in shard.parent.iterdir()) == ["shard", "shard.index"]
 
@@ -96,10 +101,10 @@ def test_missing_and_mixed_up_files(shard):
   index.unlink()
   with pytest.raises(RecordError, match=f"^{index}: the index is missing"):
     ArrayRecordReader(shard)
-  np.save(index.open("wb"), np.zeros((3, 3), np.int64))
+  np.save(index.open("wb"), np.zeros((3, 4), np.int64))
   with pytest.raises(RecordError, match=f"^{shard}: 4 records, its index tells of 3; remove both"):
     ArrayRecordReader(shard)
-  np.save(index.open("wb"), np.zeros((4, 3), np.int64))
+  np.save(index.open("wb"), np.zeros((4, 4), np.int64))
   with pytest.raises(RecordError, match=f"^{shard}: record 0 is of 30000 bytes, its index tells of 0; "):
     ArrayRecordReader(shard).read(0)
   index.write_bytes(kept)
@@ -115,12 +120,12 @@ def test_position_out_of_range(shard, position):
 
 
 def test_an_interrupted_shard_leaves_nothing(tmp_path):
-  def items():
-    yield b"one", 1
+  def interrupted():
+    yield ShardItem(b"one", 1, 1)
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    write_shard(tmp_path / "shard", items())
+    write_shard(tmp_path / "shard", interrupted())
   assert list(tmp_path.iterdir()) == []
 
 
@@ -132,7 +137,7 @@ def test_only_local_directories():
 def test_the_name_tells_the_format(tmp_path):
   for format, kind in ("tfrecord", ShardReader), ("array_record", ArrayRecordReader):
     path = tmp_path / shard_name(0, 1, format)
-    write_any(path, [(b"payload", 1)])
+    write_any(path, [ShardItem(b"payload", 1, 1)])
     assert type(open_shard(path)) is kind and open_shard(path).read(0) == b"payload"
 
 
@@ -144,7 +149,7 @@ def converted(finished, tmp_path_factory):
   cuts = [range(0, 3), range(3, 4)]
   shards = tuple(
       write_any(directory / shard_name(k, 2, "array_record"),
-                [(schema.encode(source[i]), len(source[i].conversations), schema.measure(source[i])) for i in cut])
+                [schema.item(source[i]) for i in cut])
       for k, cut in enumerate(cuts))
   manifest = dataclasses.replace(manifest, shards=shards, format="array_record")
   write_tfds_metadata(directory, manifest)
@@ -152,18 +157,17 @@ def converted(finished, tmp_path_factory):
   return directory
 
 
-def test_the_loader_reads_either_by_the_manifest(finished, converted):
-  """Record by record and conversation by conversation, as the trainer does."""
+def test_a_reader_needs_only_the_manifest(finished, converted):
   one, other = RecordDirectory(finished), pickle.loads(pickle.dumps(RecordDirectory(converted)))
   assert len(one) == len(other) and Manifest.load(converted).format == "array_record"
   for k in range(len(one)):
-    for field in dataclasses.fields(Record):
-      np.testing.assert_array_equal(getattr(other[k], field.name), getattr(one[k], field.name), err_msg=field.name)
-  sources = ConversationSource(one), ConversationSource(other)
-  assert len(sources[0]) == len(sources[1]) == 10
-  for k in range(10):
-    (first, index), (second, same) = sources[0][k], sources[1][k]
-    assert (first.id, index) == (second.id, same)
+    assert dataclasses.replace(one[k], pictures=()) == dataclasses.replace(other[k], pictures=())
+    for field in dataclasses.fields(Picture):
+      np.testing.assert_array_equal(
+          getattr(other[k].picture, field.name), getattr(one[k].picture, field.name), err_msg=field.name)
+  for count, total in ("read_conversation_counts", 10), ("read_picture_counts", 4):
+    np.testing.assert_array_equal(getattr(one, count)(), getattr(other, count)())
+    assert getattr(one, count)().sum() == total
 
 
 def test_tfds_reads_the_directory(converted):

@@ -12,7 +12,7 @@ from refiner_export.common.settings import UserError
 pytest.importorskip("apache_beam")
 from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
 
-from refiner_export.export.beam import run_with_beam  # noqa: E402
+from refiner_export.export.beam_pipeline import run_with_beam  # noqa: E402
 
 # The engine inside `DirectRunner`, which would first look for another one on the network.
 LOCAL = "--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner"

@@ -32,11 +32,14 @@ def command(*arguments):
     (["refiner_export", "--config", QUICKSTART, "--config.limit=0"], "config.limit: expected at least 1, got 0"),
     (["refiner_export", "--config", QUICKSTART, "--config.source.annotations=/no.json"],
      "source.annotations not found: /no.json"),
-    (["refiner_export", "verify"], "the following arguments are required: DIR"),
+    (["refiner_export", "--config", QUICKSTART, "--shard-range=x"], "--shard-range: expected START:STOP such as 10:20"),
+    (["refiner_export", "verify"], "DIR is required: a directory that python -m refiner_export wrote"),
     (["refiner_export", "verify", "/nowhere"], "no manifest.json in /nowhere: run python -m refiner_export"),
-    (["refiner_export.pages.gallery"], "the following arguments are required: DIR"),
-    (["refiner_export.pages.gallery", "/nowhere"], "no manifest.json in /nowhere: run python -m refiner_export"),
-    (["refiner_export.pages.gallery", "/nowhere", "--limit=no"], "argument --limit: invalid int value")])
+    (["refiner_export", "gallery"], "DIR is required: a directory that python -m refiner_export wrote"),
+    (["refiner_export", "gallery", "/nowhere"], "no manifest.json in /nowhere: run python -m refiner_export"),
+    (["refiner_export", "gallery", "/nowhere", "--limit=no"], "flag --limit=no: invalid literal for int()"),
+    (["refiner_export", "gallery", "/nowhere", "--limit=0"], "flag --limit=0: 0 is not a positive integer"),
+    (["refiner_export", "gallery", "/nowhere", "/here"], "unexpected argument '/here'")])
 def test_mistakes(arguments, message):
   result = command(*arguments)
   assert result.returncode == 2
@@ -50,7 +53,7 @@ def test_quickstart_and_gallery(tmp_path):
                    "--config.refiner.grid=3")
   assert result.returncode == 0, result.stderr
   assert result.stdout.splitlines()[-1].startswith(f"{output}: 2 records, 0 skipped, ")
-  result = command("refiner_export.pages.gallery", output)
+  result = command("refiner_export", "gallery", output)
   assert result.returncode == 0 and result.stdout.strip() == str(output / "gallery.html"), result.stderr
   page = (output / "gallery.html").read_text()
   assert page.count("data:image/jpeg;base64,") == 2 and '="http' not in page
@@ -72,7 +75,7 @@ def test_gallery_escapes_texts(coco, tmp_path, make):
 
 def test_gallery_says_what_it_leaves_out(finished, tmp_path):
   copy = shutil.copytree(finished, tmp_path / "copy")
-  result = command("refiner_export.pages.gallery", copy, "--limit", "3", "--output", tmp_path / "page.html")
+  result = command("refiner_export", "gallery", copy, "--limit", "3", "--output", tmp_path / "page.html")
   assert result.returncode == 0, result.stderr
   assert "the first 3 of 4 records" in (tmp_path / "page.html").read_text()
 

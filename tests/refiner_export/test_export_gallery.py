@@ -15,7 +15,8 @@ from refiner_export.records.formats import write_shard
 from refiner_export.pages.gallery import render
 from refiner_export.records.manifest import Manifest, shard_name
 from refiner_export.records.reader import RecordDirectory
-from refiner_export.records.record import OPTIONAL_FIELDS, Schema
+from refiner_export.records.record import OPTIONAL_FIELDS, USER, Conversation, Turn
+from refiner_export.records.schema import Schema
 
 MASKS = np.zeros((3, 60, 80), bool)
 MASKS[0, :, :40] = True       # the left half
@@ -25,21 +26,27 @@ MASKS[2, 5:55, 50:70] = True
 
 @pytest.fixture(scope="module")
 def with_masks(finished):
-  """The first record of the finished export, with masks."""
+  """The picture of the finished export's first record, with masks."""
   rles = tuple(coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"] for mask in MASKS)
   return dataclasses.replace(
-      RecordDirectory(finished)[0], scores=np.array([0.9, 0.625, 0.25], np.float32), mask_rles=rles,
+      RecordDirectory(finished)[0].picture, scores=np.array([0.9, 0.625, 0.25], np.float32), mask_rles=rles,
       mask_ious=np.array([0.75, 0.5, 1], np.float32), mask_areas=MASKS.mean((1, 2)).astype(np.float32))
+
+
+def page_of(record, finished, directory) -> str:
+  """The gallery of a directory with this record alone."""
+  manifest = Manifest.load(finished)
+  schema = Schema(manifest.feature_dtype, manifest.fingerprint, OPTIONAL_FIELDS)
+  shard = write_shard(directory / shard_name(0, 1), [schema.item(record)])
+  dataclasses.replace(manifest, shards=(shard,), records=1, pictures=shard.pictures,
+                      optional_fields=OPTIONAL_FIELDS).save(directory)
+  return render(RecordDirectory(directory), limit=1)
 
 
 @pytest.fixture(scope="module")
 def text(finished, with_masks, tmp_path_factory):
-  directory, manifest = tmp_path_factory.mktemp("masks"), Manifest.load(finished)
-  schema = Schema(manifest.feature_dtype, manifest.fingerprint, OPTIONAL_FIELDS)
-  items = [(schema.encode(with_masks), len(with_masks.conversations), schema.measure(with_masks))]
-  shard = write_shard(directory / shard_name(0, 1), items)
-  dataclasses.replace(manifest, shards=(shard,), records=1, optional_fields=OPTIONAL_FIELDS).save(directory)
-  return render(RecordDirectory(directory), limit=1)
+  record = dataclasses.replace(RecordDirectory(finished)[0], pictures=(with_masks,))
+  return page_of(record, finished, tmp_path_factory.mktemp("masks"))
 
 
 def test_objects_have_their_scores_and_notes(text):
@@ -68,7 +75,7 @@ def test_masks_lie_over_the_picture_in_the_colours_of_their_objects(text):
 
 
 def test_without_masks_there_is_no_overlay(finished, with_masks):
-  assert page.draw_masks(RecordDirectory(finished)[0]) == ""
+  assert page.draw_masks(RecordDirectory(finished)[0].picture) == ""
   empty = np.asfortranarray(np.zeros((60, 80), np.uint8))
   nothing = dataclasses.replace(with_masks, mask_rles=(coco_mask.encode(empty)["counts"],) * 3)
   assert not np.asarray(Image.open(io.BytesIO(base64.b64decode(page.draw_masks(nothing))))).any()
@@ -83,11 +90,32 @@ def test_the_header_says_what_storing_cost(text, with_masks):
 
 @pytest.mark.parametrize("left, anchor", [(10, "left:10.0%"), (90, "right:5.0%")])
 def test_labels_at_the_right_edge_end_with_their_box(finished, left, anchor):
-  record = RecordDirectory(finished)[0]
   box = page.Box.of(np.array([left, 50, left + 5, 60]) / 100, "a long label", "#123456")
-  card = page.card(record, [box], Manifest.load(finished))
+  photo = page.photo(RecordDirectory(finished)[0].picture, [box], alt="")
   template = page.pathlib.Path(page.__file__).parent / "card.html.jinja"
   environment = page.jinja2.Environment(loader=page.jinja2.FileSystemLoader(template.parent), autoescape=True)
-  drawn = str(environment.get_template(template.name).module.photo(card, ""))
+  drawn = str(environment.get_template(template.name).module.photo(photo))
   found = re.search(r'style="([a-z]+):([0-9.]+)%;top', drawn)
   assert found[1] == anchor.split(":")[0] and float(found[2]) == pytest.approx(float(anchor.split(":")[1][:-1]))
+
+
+def test_several_pictures_and_their_credits(finished, with_masks, tmp_path):
+  """Each picture is there once, in order; texts name pictures, and the objects of any picture."""
+  first = dataclasses.replace(with_masks, credit="Photo: <Ann>")
+  second = dataclasses.replace(first, tags=("bird", "fox", "fox"))
+  third = dataclasses.replace(second, credit="Photo: Bob")
+  turns = (Turn(USER, "compare <image 0> with <image 2>"), Turn("assistant", "<box 1.0>, not <box 0.0>"))
+  record = dataclasses.replace(RecordDirectory(finished)[0], pictures=(first, second, third),
+                               conversations=(Conversation("dialogue", turns),))
+  text = page_of(record, finished, tmp_path)
+  assert len(re.findall('<div class="photo">', text)) == len(re.findall('class="overlay"', text)) == 3
+  assert "80x60, 3 objects; 80x60, 3 objects; 80x60, 3 objects" in text
+  assert text.count("Photo: &lt;Ann&gt;") == 1 and text.count("Photo: Bob") == 1
+  chips = re.findall(r'<span class="chip"[^>]*>([^<]*)</span>', text)
+  assert chips == ["picture 1", "picture 3", "bird", "cat"]
+
+
+def test_a_record_of_text_alone(finished, tmp_path):
+  record = dataclasses.replace(RecordDirectory(finished)[0], pictures=(), conversations=())
+  text = page_of(record, finished, tmp_path)
+  assert "<img" not in text and "text alone" in text and "caption a of 1" in text

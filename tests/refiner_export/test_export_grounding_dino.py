@@ -1,4 +1,4 @@
-"""Grounding-DINO: the model against transformers' with the original's constant, the detector around it, checkpoints."""
+"""Grounding-DINO: the model is compared with that of transformers; then the detector and checkpoints are tested."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObject
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoDecoder
 
-from refiner_export.refiners.base import Picture, Tags
+from refiner_export.refiners.base import UprightPicture, Tags
 from refiner_export.refiners.compute import Compute
 from refiner_export.refiners.grounding_dino.detector import GroundingDino, GroundingDinoDetector
 from refiner_export.refiners.grounding_dino.image import DetectorImage
@@ -34,7 +34,7 @@ MANY = ("red car", "blue car", "cat", "dog", "house", "tree", "persons", "st ber
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-  """Threads that wait for each other take longer than models this small."""
+  """For models this small, threads that wait for each other take longer than the models."""
   threads = torch.get_num_threads()
   torch.set_num_threads(1)
   yield
@@ -50,7 +50,7 @@ def directory(tmp_path_factory):
 def pictures():
   draw = np.random.default_rng(0)
   noise = [Image.fromarray(draw.integers(0, 255, (6, 6, 3), np.uint8)) for _ in SIZES]
-  return [Picture(image.resize(size, Image.Resampling.BICUBIC)) for image, size in zip(noise, SIZES)]
+  return [UprightPicture(image.resize(size, Image.Resampling.BICUBIC)) for image, size in zip(noise, SIZES)]
 
 
 def settings(checkpoint, **changes) -> GroundingDino:
@@ -74,7 +74,7 @@ def detect(detector, pictures, names):
 
 
 def model_inputs(detector, picture, tags):
-  """The model's arguments for one picture, with the normalisation written out."""
+  """The arguments of the model for one picture. The normalisation is written out here."""
   pixels = np.asarray(detector.prepare(picture.image)) / 255.0
   normalised = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
   ids, mask, _ = detector.captioner.pad(detector.captioner.captions(tags)[:1])
@@ -82,7 +82,7 @@ def model_inputs(detector, picture, tags):
 
 
 def hand_written_logit(x, eps=None):
-  """The original code's inverse_sigmoid, whose eps is 1e-3, in NumPy."""
+  """The `inverse_sigmoid` of the original code in NumPy. Its eps is 1e-3."""
   x = x.numpy()
   return torch.from_numpy(np.log(np.maximum(x, 1e-3) / np.maximum(1 - x, 1e-3)))
 
@@ -91,12 +91,12 @@ def hand_written_logit(x, eps=None):
 
 def test_it_is_transformers_model_but_for_the_eps(directory, detector, pictures, monkeypatch):
   pixels, ids, mask = model_inputs(detector, pictures[0], TAGS[0])
-  theirs = GroundingDinoForObjectDetection.from_pretrained(directory).eval()
+  reference = GroundingDinoForObjectDetection.from_pretrained(directory).eval()
   with torch.inference_mode():
     hidden, logits, boxes = detector.model(pixels, ids, mask)
-    plain = theirs(pixels, ids, attention_mask=mask)
+    plain = reference(pixels, ids, attention_mask=mask)
     monkeypatch.setattr(torch.special, "logit", hand_written_logit)
-    patched = theirs(pixels, ids, attention_mask=mask)
+    patched = reference(pixels, ids, attention_mask=mask)
   assert (plain.init_reference_points < 1e-3).any() or (plain.init_reference_points > 1 - 1e-3).any()
   torch.testing.assert_close(hidden, patched.last_hidden_state, atol=1e-5, rtol=0)
   torch.testing.assert_close(boxes, patched.pred_boxes, atol=1e-6, rtol=0)
@@ -123,10 +123,10 @@ def test_a_reference_is_moved_from_where_the_original_code_sees_it(detector, bor
   with torch.inference_mode():
     ours = decoder(**arguments)
     hook.remove()
-    monkeypatch.setattr(decoder.config, "num_queries", 3)  # transformers' loop builds a mask of this size
+    monkeypatch.setattr(decoder.config, "num_queries", 3)  # the loop of transformers builds a mask of this size
     theirs = GroundingDinoDecoder.forward(decoder, **arguments)
     moved = 1 / (1 + np.exp(-(decoder.bbox_embed[0](seen[0]) + hand_written_logit(references)).numpy()))
-  second = ours.intermediate_reference_points[:, 1]  # the first is the one that went in
+  second = ours.intermediate_reference_points[:, 1]  # the first entry is the input
   np.testing.assert_allclose(second.numpy(), moved, atol=1e-6)
   difference = (second - theirs.intermediate_reference_points[:, 0]).abs().amax(dim=(0, 2))
   assert difference[[0, 2]].max() < 1e-6 and (difference[1] > 0.0005) == border
@@ -199,7 +199,7 @@ def test_more_tags_than_a_caption_holds(detector, pictures):
   assert any(set(caption.tags) & set(together.tags) for caption in captions[1:])
   parts = detect(detector, pictures[:1] * len(captions), [caption.tags for caption in captions])
   np.testing.assert_allclose(together.row_features, parts[0].row_features, atol=2e-4)
-  # A tag is in one caption only, so what suppression leaves of the whole is what it leaves of the parts.
+  # Every tag is in one caption only, so suppression drops the same objects from one caption as from all together.
   found = sorted((score, tag, *box) for part in parts for score, tag, box in zip(part.scores, part.tags, part.boxes))
   assert sorted(together.tags) == sorted(tag for _, tag, *_ in found)
   np.testing.assert_allclose(together.scores, [score for score, *_ in found[::-1]], atol=2e-4)
@@ -212,7 +212,7 @@ def test_the_same_tag_twice_is_one_class(detector, pictures):
 
 
 class PresetModel(torch.nn.Module):
-  """Answers with scores and boxes that a test wrote down."""
+  """Returns scores and boxes that a test has written down."""
 
   def __init__(self, scores, boxes):
     super().__init__()
@@ -224,10 +224,10 @@ class PresetModel(torch.nn.Module):
 
 
 def preset(directory, rows, **changes):
-  """Detections of "red car" and "dog" when each row is a box and its scores for [CLS] red car . dog . [SEP]."""
+  """Detections of "red car" and "dog". A row is a box and its scores for the tokens [CLS] red car . dog . [SEP]."""
   model = PresetModel([scores for _, scores in rows], [box for box, _ in rows])
   detector = GroundingDinoDetector(model, tiny_tokenizer(), settings(directory, **changes), CPU)
-  return detect(detector, [Picture(Image.new("RGB", (64, 64)))], [("red car", "dog")])[0]
+  return detect(detector, [UprightPicture(Image.new("RGB", (64, 64)))], [("red car", "dog")])[0]
 
 
 LEFT, RIGHT = [0.25, 0.5, 0.25, 0.5], [0.75, 0.5, 0.25, 0.5]  # cxcywh
@@ -236,9 +236,9 @@ LEFT, RIGHT = [0.25, 0.5, 0.25, 0.5], [0.75, 0.5, 0.25, 0.5]  # cxcywh
 def test_thresholds(directory):
   rows = [(LEFT, [.01, .30, .10, .01, .20, .01, .01]),    # red car
           (RIGHT, [.01, .10, .26, .01, .60, .01, .01]),   # dog, not "car dog"
-          (LEFT, [.01, .24, .24, .01, .24, .01, .01]),    # no token is over the box threshold
-          (RIGHT, [.01, .19, .01, .90, .18, .01, .01]),   # the full stop is, but no tag over the text threshold
-          (RIGHT, [.01, .01, .22, .30, .21, .01, .01])]   # both: its score is the tag's
+          (LEFT, [.01, .24, .24, .01, .24, .01, .01]),    # no token exceeds the box threshold
+          (RIGHT, [.01, .19, .01, .90, .18, .01, .01]),   # the full stop exceeds it, but no tag the text threshold
+          (RIGHT, [.01, .01, .22, .30, .21, .01, .01])]   # both do: the score is the tag's
   found = preset(directory, rows, box_threshold=0.25, text_threshold=0.2)
   assert found.tags == ("dog", "red car", "red car")
   np.testing.assert_allclose(found.scores, [.6, .3, .22], rtol=1e-5)
@@ -310,7 +310,7 @@ def test_an_official_file_is_the_same_model(directory, detector, pictures, tmp_p
 
 
 def test_every_official_name_has_its_place_at_the_published_depth(tmp_path):
-  """938 names are those of the official module's state_dict, two more are in the released file."""
+  """The state_dict of the official module has 938 names. The released file has two more."""
   thin = GroundingDinoConfig(
       backbone_config=SwinConfig(embed_dim=8, num_heads=[1, 1, 2, 2], out_indices=[2, 3, 4]).to_dict(),
       text_config=BertConfig(vocab_size=1060, hidden_size=24, intermediate_size=32).to_dict(),
@@ -320,7 +320,7 @@ def test_every_official_name_has_its_place_at_the_published_depth(tmp_path):
   official = official_weights(tmp_path, decoder_layers=6)
   found = from_official(official, tmp_path)
   assert len(official) == 940
-  # Files of transformers hold a shared head once, no computed table, and a norm that nothing reads.
+  # Files of transformers hold a shared head once and no computed table. They also hold a norm that nothing reads.
   extra = {name for name in found if name.endswith("position_index") or re.match(r"bbox_embed\.[1-5]", name)}
   assert found.keys() - extra == {name for name in expected if "swin.layernorm" not in name}
   for name in found.keys() - extra:
@@ -328,7 +328,7 @@ def test_every_official_name_has_its_place_at_the_published_depth(tmp_path):
 
 
 def test_files_of_earlier_versions_of_transformers(directory, detector, tmp_path):
-  """They have tables that are computed now and lack a norm that nothing reads; other files are in half precision."""
+  """Such files have tables that are computed now, and lack a norm that nothing reads. Some are in half precision."""
   copy = shutil.copytree(directory, tmp_path / "copy")
   weights = {name: tensor.bfloat16() for name, tensor in load_file(copy / "model.safetensors").items()
              if "swin.layernorm" not in name}

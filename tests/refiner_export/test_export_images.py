@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refiner_export.export import images
+from refiner_export.common import images
 from refiner_export.export import pipeline
 from refiner_export.export.config import ImageSettings
-from refiner_export.export.images import UnreadableImage
+from refiner_export.common.images import UnreadableImage
 from refiner_export.records.record import Record
 from refiner_export.refiners.classical.refiner import ClassicalRefiner
-from refiner_export.sources.base import SourceExample
+from refiner_export.sources.base import SourceExample, SourcePicture
 
 DRAW = np.random.default_rng(0)
 RGB = DRAW.integers(0, 256, (6, 9, 3), np.uint8)
@@ -212,13 +212,14 @@ def test_resize_keeps_small_pictures_and_a_pixel_at_least():
 def test_a_window_of_all_of_them_goes_on():
   """What cannot be read is named; the others become records whose pictures decode; the log is JSON, one line each."""
   files = {**{name: data for name, (data, *_) in READ.items()}, **{name: data for name, (data, _) in REFUSED.items()}}
-  examples = [SourceExample(name, functools.partial(bytes, data)) for name, data in files.items()]
-  results = pipeline.refine(examples, ClassicalRefiner(grid=2), ImageSettings(max_side=32), "test")
+  examples = [SourceExample(name, (SourcePicture(functools.partial(bytes, data)),)) for name, data in files.items()]
+  results = pipeline.refine(examples, ClassicalRefiner(grid=2).build(), ImageSettings(max_side=32), "test")
   assert [result.id for result in results] == list(files)
   for result in results:
     assert isinstance(result, UnreadableImage if result.id in REFUSED else Record), result
     if isinstance(result, Record):
-      assert Image.open(io.BytesIO(result.image)).size == (result.width, result.height)
-      assert max(result.width, result.height) <= 32
+      picture = result.picture
+      assert Image.open(io.BytesIO(picture.image)).size == (picture.width, picture.height)
+      assert max(picture.width, picture.height) <= 32
     else:
       assert "\n" not in json.dumps({"id": result.id, "reason": result.reason})

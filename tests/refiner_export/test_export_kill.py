@@ -15,12 +15,15 @@ ROOT, HERE = pathlib.Path(__file__).parents[2], pathlib.Path(__file__).parent
 
 
 def contents(directory):
-  """Of every file, hidden ones too."""
+  """File name -> bytes, hidden files included."""
   return {path.name: path.read_bytes() for path in pathlib.Path(directory).iterdir()}
 
 
 def write_source(folder, pictures):
-  """A COCO set of tiny pictures, each with an object; every seventh is no picture. Its `Coco`, in Python."""
+  """Writes a COCO set of tiny pictures with one object each; every seventh file is no picture.
+
+  Returns the Python text of its `Coco`.
+  """
   (folder / "images").mkdir(parents=True)
   generator = np.random.default_rng(0)
   for k in range(pictures):
@@ -49,7 +52,7 @@ def get_config():
 
 
 def kill(how, config, folder):
-  """Runs `killer.py`; how often it killed."""
+  """Runs `killer.py`. Returns how many exports it killed."""
   folder.mkdir()
   result = subprocess.run([sys.executable, str(HERE / "killer.py"), how, str(config), str(folder)], cwd=ROOT,
                           env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=3000)
@@ -70,6 +73,25 @@ def test_before_each_operation_on_a_file(tmp_path):
   config = write_config(tmp_path / "config.py", write_source(tmp_path / "source", 5), records_per_shard=2, grid=2)
   kills = kill("operations", config, tmp_path / "out")
   assert kills > 3 * 6 + 8  # files of three shards, and what stands for the whole
+  expected = contents(tmp_path / "out" / str(kills))
+  assert all(contents(tmp_path / "out" / str(k)) == expected for k in range(kills))
+
+
+def test_before_each_operation_on_a_file_with_units_of_unknown_size(tmp_path):
+  """Two units with three examples, of which one is no picture."""
+  for unit, pictures in (0, "[1], [2, 3]"), (1, '["no picture"]'):
+    lines = [json.dumps({"caption": "a", "pictures": seeds}) for seeds in json.loads(f"[{pictures}]")]
+    (tmp_path / f"{unit}.jsonl").write_text("\n".join(lines))
+  config = tmp_path / "config.py"
+  config.write_text(f"""
+from odd_sources import Lines
+from refiner_export.export.config import ExportConfig
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
+def get_config():
+  return ExportConfig("out", Lines({str(tmp_path)!r}), ClassicalRefiner(grid=2), batch=1)
+""")
+  kills = kill("operations", config, tmp_path / "out")
+  assert kills > 2 * 6 + 8
   expected = contents(tmp_path / "out" / str(kills))
   assert all(contents(tmp_path / "out" / str(k)) == expected for k in range(kills))
 

@@ -22,7 +22,7 @@ def test_bytes_are_those_of_the_files(finished):
   assert storage["bytes_per_record"] == sum(path.stat().st_size for path in finished.glob("*-of-00003")) / 4
   # bfloat16 rows of both kinds, and the detector rows' boxes as four 16-bit numbers
   sizes = [len(record.detection_features) * (512 + 8) + len(record.mask_features) * 512
-           for record in (directory[k] for k in range(4))]
+           for record in (directory[k].picture for k in range(4))]
   assert storage["feature_bytes_per_record"] == sum(sizes) / 4
 
 
@@ -35,21 +35,23 @@ def test_saved_and_loaded(finished, tmp_path):
 
 
 def test_a_manifest_from_before_there_were_formats(finished, tmp_path):
-  """It has no fields for them, and its shards no sums."""
+  """It is of schema 1, has no fields for them, and its shards have no sums."""
   fields = json.loads((finished / "manifest.json").read_text())
-  sums = {field.name for field in dataclasses.fields(FeatureSums)}
-  old = {name: value for name, value in fields.items() if name not in ("format", "optional_fields", "storage")}
-  old["shards"] = [{name: value for name, value in shard.items() if name not in sums} for shard in fields["shards"]]
+  new = ("format", "optional_fields", "storage", "pictures")
+  old = {name: value for name, value in fields.items() if name not in new} | {"schema_version": 1}
+  names = ("file", "records", "conversations", "bytes", "sha256")
+  old["shards"] = [{name: shard[name] for name in names} for shard in fields["shards"]]
   shutil.copytree(finished, tmp_path / "copy")
   (tmp_path / "copy" / "manifest.json").write_text(json.dumps(old))
   manifest = Manifest.load(tmp_path / "copy")
-  assert (manifest.format, manifest.optional_fields) == ("tfrecord", ())
+  assert (manifest.format, manifest.optional_fields, manifest.pictures) == ("tfrecord", (), 4)
   assert (manifest.storage.feature_relative_rmse, manifest.storage.feature_mean_cosine) == (0, 1)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"schema_version": 0}, "schema version 0, this program reads 1: export again"),
-    ({"schema_version": 2, "anything": "new"}, "schema version 2, this program reads 1: export again"),
+    ({"schema_version": 0}, "schema version 0, this program reads 1 to 2: export again, or update the program"),
+    ({"schema_version": 3, "anything": "new"},
+     "schema version 3, this program reads 1 to 2: export again, or update the program"),
     ({"format": "parquet"}, "shards of format 'parquet', which this program does not know: update it")])
 def test_another_program_s_manifest(finished, tmp_path, change, message):
   fields = json.loads((finished / "manifest.json").read_text())
@@ -77,7 +79,7 @@ def test_the_error_of_a_directory_is_that_of_all_rows(finished):
   shards = []
   for rows in slice(0, 3), slice(3, 5), slice(5, 30):
     sums = FeatureSums.of(given[rows], read[rows], 7)
-    shards.append(ShardInfo("x", 1, 0, 100, "", **dataclasses.asdict(sums)))
+    shards.append(ShardInfo("x", 1, 0, 1, 100, "", **dataclasses.asdict(sums)))
   storage = dataclasses.replace(Manifest.load(finished), shards=tuple(shards), records=3).storage
   cosines = (given * read).sum(1) / np.linalg.norm(given, axis=1) / np.linalg.norm(read, axis=1)
   np.testing.assert_allclose(storage.feature_mean_cosine, cosines.mean(), rtol=1e-12)
@@ -89,18 +91,20 @@ def test_the_error_of_a_directory_is_that_of_all_rows(finished):
 def test_a_new_record_as_a_reader_would_get_it(finished):
   record = RecordDirectory(finished)[0]
   draw = np.random.default_rng(3)
-  exact = dataclasses.replace(record, detection_features=draw.normal(size=(16, 256)).astype(np.float32))
+  exact = dataclasses.replace(record.picture, detection_features=draw.normal(size=(16, 256)).astype(np.float32))
   manifest = dataclasses.replace(Manifest.load(finished), detection_rows=5, feature_dtype="int8")
-  read = manifest.as_read(exact)
+  read = manifest.as_read(dataclasses.replace(record, pictures=(exact, exact)))
+  assert read.id == record.id and len(read.pictures) == 2
   expected, step = exact.detection_features[:5], np.abs(exact.detection_features[:5]).max(axis=1, keepdims=True) / 127
-  assert read.detection_boxes.shape == (5, 4) and read.id == exact.id and read.image == exact.image
-  assert (np.abs(read.detection_features - expected) <= 0.502 * step).all()
-  assert np.abs(read.detection_features - expected).max() > 0.3 * step.min()  # it was rounded indeed
+  for picture in read.pictures:
+    assert picture.detection_boxes.shape == (5, 4) and picture.image == exact.image
+    assert (np.abs(picture.detection_features - expected) <= 0.502 * step).all()
+    assert np.abs(picture.detection_features - expected).max() > 0.3 * step.min()  # it was rounded indeed
 
 
 def test_a_manifest_that_asks_for_what_records_lack(finished, tmp_path):
   copy = shutil.copytree(finished, tmp_path / "copy")
   had = Manifest.load(copy).optional_fields
   dataclasses.replace(Manifest.load(copy), optional_fields=(*had, "mask_rles")).save(copy)
-  with pytest.raises(RecordError, match="00000-of-00003: record 0: not a record of schema 1: [^\n]*$"):
+  with pytest.raises(RecordError, match="00000-of-00003: record 0: not a record of schema 2: [^\n]*$"):
     RecordDirectory(copy)[0]

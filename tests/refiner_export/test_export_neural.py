@@ -1,4 +1,4 @@
-"""The neural refiner as a configuration: what describes it, what it loads, and how it is found again."""
+"""The neural refiner as a configuration: its description, what it loads, and how a manifest leads back to it."""
 
 import dataclasses
 import json
@@ -13,14 +13,14 @@ import pytest
 from PIL import Image
 from tiny_refiner import one_thread, tiny_ram_plus_size, tiny_refiner  # noqa: F401
 
+from refiner_export.common.images import to_jpeg
+from refiner_export.common.settings import UserError
 from refiner_export.export.config import ExportConfig, refiner_from_manifest
-from refiner_export.export.images import to_jpeg
-from refiner_export.records.manifest import Manifest
 from refiner_export.export.pipeline import refine_photo
-from refiner_export.records.record import fingerprint
+from refiner_export.records.manifest import Manifest
+from refiner_export.records.schema import SCHEMA_VERSION, fingerprint
 from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.refiners.compute import Compute
-from refiner_export.common.settings import UserError
 from refiner_export.sources.photos import Photos
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -33,13 +33,13 @@ def refiner(tmp_path_factory, one_thread, tiny_ram_plus_size):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def photo():
-  """One in which the tiny networks find something."""
+  """A photo in which the tiny networks find something."""
   noise = np.random.default_rng(5).integers(0, 255, (6, 6, 3), np.uint8)
   return to_jpeg(Image.fromarray(noise).resize((90, 50), Image.Resampling.BICUBIC))
 
 
 def changed(refiner, **changes):
-  """With other settings, by dotted field, `__` for the dot."""
+  """The refiner with other settings. The names are dotted fields with `__` for the dot."""
   for name, value in changes.items():
     part, _, field = name.partition("__")
     refiner = dataclasses.replace(refiner, **{part: dataclasses.replace(getattr(refiner, part), **{field: value})})
@@ -47,9 +47,10 @@ def changed(refiner, **changes):
 
 
 def manifest_of(refiner) -> Manifest:
-  """As it is read from a directory."""
+  """A manifest as it is read from a directory."""
   described = json.loads(json.dumps(refiner.describe()))
-  return Manifest(1, fingerprint(described), "bfloat16", 30, described, "photos", "train", (), 0, 0, 0)
+  return Manifest(SCHEMA_VERSION, fingerprint(described), "bfloat16", 30, described, "photos", "train", shards=(),
+                  records=0, conversations=0, pictures=0, skipped=0)
 
 
 def files_of(refiner) -> dict[str, str]:
@@ -88,10 +89,10 @@ def test_files_are_read_once(refiner, monkeypatch):
 def test_the_three_networks(refiner, photo):
   models = refiner.build()
   assert models.detector.rows == 30
-  record = refine_photo(photo, models)
-  assert 0 < len(record.tags) == len(record.mask_features) and record.detection_features.shape == (30, 256)
-  half = refine_photo(photo, changed(refiner, compute__precision="bfloat16").build())
-  assert 0 < np.abs(half.detection_features - record.detection_features).mean() < 0.2
+  (picture,) = refine_photo(photo, models).pictures
+  assert 0 < len(picture.tags) == len(picture.mask_features) and picture.detection_features.shape == (30, 256)
+  (half,) = refine_photo(photo, changed(refiner, compute__precision="bfloat16").build()).pictures
+  assert 0 < np.abs(half.detection_features - picture.detection_features).mean() < 0.2
 
 
 def test_a_file_that_does_not_fit(refiner, tmp_path):

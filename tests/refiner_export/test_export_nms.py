@@ -1,9 +1,9 @@
-"""Class-wise non-maximum suppression against a loop that says it word for word."""
+"""Class-wise non-maximum suppression is compared with a slow loop that follows the definition."""
 
 import pytest
 import torch
 
-from refiner_export.refiners.grounding_dino.nms import classwise_nms
+from refiner_export.refiners.grounding_dino.detector import classwise_nms
 
 
 def iou(a, b):
@@ -35,7 +35,7 @@ def test_it_is_what_the_loop_says(max_iou):
 
 
 def test_a_dropped_box_drops_no_other():
-  chain = torch.tensor([[0.0, 0, 1, 1], [0.3, 0, 1.3, 1], [0.6, 0, 1.6, 1]])  # each overlaps the next by 0.54
+  chain = torch.tensor([[0.0, 0, 1, 1], [0.3, 0, 1.3, 1], [0.6, 0, 1.6, 1]])  # neighbours overlap by 0.54
   assert classwise_nms(chain, torch.tensor([3.0, 2, 1]), torch.zeros(3), 0.5).tolist() == [0, 2]
 
 

@@ -1,7 +1,11 @@
-"""The authors' packages as a refiner, as far as it can be tested without them: what is said where they are missing,
-what cannot be asked of them, how the refiner is found again, and RAM++ with a stand-in for its package."""
+"""The authors' packages as a refiner, as far as this can be tested without the packages.
+
+The tests cover errors about missing packages and wrong settings, the way from a manifest back to the refiner, and RAM++
+with a stand-in for its package.
+"""
 
 import dataclasses
+import json
 import pathlib
 import sys
 import types
@@ -14,8 +18,8 @@ from tiny_refiner import one_thread, tiny_ram_plus_size, tiny_refiner  # noqa: F
 
 from refiner_export.export.config import refiner_from_manifest
 from refiner_export.records.manifest import Manifest
-from refiner_export.records.record import fingerprint
-from refiner_export.refiners.base import Picture
+from refiner_export.records.schema import SCHEMA_VERSION, fingerprint
+from refiner_export.refiners.base import UprightPicture
 from refiner_export.refiners.compute import Compute
 from refiner_export.refiners.neural import NeuralRefiner
 from refiner_export.refiners.originals.grounding_dino import OriginalGroundingDino
@@ -23,7 +27,7 @@ from refiner_export.refiners.originals.ram_plus import OriginalRamPlus
 from refiner_export.refiners.originals.sam_hq import OriginalSamHQ
 from refiner_export.refiners.ram_plus.model import RamPlusModel
 from refiner_export.refiners.ram_plus.tagger import load
-from refiner_export.common.settings import UserError
+from refiner_export.common.settings import UserError, from_dict
 
 ROOT = pathlib.Path(__file__).parents[2]
 CPU = Compute(device="cpu")
@@ -35,25 +39,26 @@ REMEDIES = {"tagger": "Install it from the recognize-anything project's reposito
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory, one_thread, tiny_ram_plus_size):  # noqa: F811
-  """This project's networks, whose files the others are given too."""
+def project(tmp_path_factory, one_thread, tiny_ram_plus_size):  # noqa: F811
+  """The refiner of this project's networks. The packages get the same files."""
   return tiny_refiner(tmp_path_factory.mktemp("refiner"))
 
 
 @pytest.fixture(scope="module")
-def refiner(own, tmp_path_factory):
-  """The authors' packages; not checked yet."""
+def refiner(project, tmp_path_factory):
+  """The refiner of the authors' packages. Its settings are not checked yet."""
   words = tmp_path_factory.mktemp("words")
   (words / "vocab.txt").write_text("[PAD]\n")
   return NeuralRefiner(
-      OriginalRamPlus(**dataclasses.asdict(own.tagger)),
-      OriginalGroundingDino(own.segmenter.checkpoint, tokenizer=str(words), box_threshold=0.4),  # any file will do
-      OriginalSamHQ(own.segmenter.checkpoint, feature="mask_pooled"), CPU)
+      OriginalRamPlus(**dataclasses.asdict(project.tagger)),
+      # The checkpoint of the detector may be any file here.
+      OriginalGroundingDino(project.segmenter.checkpoint, tokenizer=str(words), box_threshold=0.4),
+      OriginalSamHQ(project.segmenter.checkpoint, feature="mask_pooled"), CPU)
 
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-  """Empty modules in place of the packages: enough for settings to pass their check."""
+  """Puts empty modules in place of the packages, so that settings pass their check."""
   for module in MODULES.values():
     monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
 
@@ -63,7 +68,7 @@ def stand_ins(monkeypatch):
 @pytest.mark.parametrize("role", MODULES)
 def test_a_package_that_is_not_installed(refiner, stand_ins, monkeypatch, role):
   package, _, rest = MODULES[role].partition(".")
-  monkeypatch.setitem(sys.modules, package, None)  # as if it were not, also where it is
+  monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
   if rest:
     monkeypatch.delitem(sys.modules, MODULES[role])
   with pytest.raises(UserError) as error:
@@ -74,7 +79,7 @@ def test_a_package_that_is_not_installed(refiner, stand_ins, monkeypatch, role):
 
 
 def test_a_package_that_is_broken(refiner, stand_ins, monkeypatch, tmp_path):
-  """A torchvision for another torch raises no ImportError, and what it raises has many lines."""
+  """A torchvision for another torch raises a RuntimeError of many lines, not an ImportError."""
   (tmp_path / "segment_anything_hq.py").write_text("raise RuntimeError('operator torchvision::nms\\ndoes not exist')")
   monkeypatch.delitem(sys.modules, "segment_anything_hq")
   monkeypatch.syspath_prepend(tmp_path)
@@ -109,10 +114,11 @@ def test_files_that_a_package_cannot_read(refiner, stand_ins, role, field, value
 
 # --- found again ---
 
-def test_the_refiner_of_a_manifest(refiner, own, stand_ins):
+def test_the_refiner_of_a_manifest(refiner, project, stand_ins):
   described = refiner.describe()
-  assert all(described[role]["name"] == f"original_{own.describe()[role]['name']}" for role in MODULES)
-  manifest = Manifest(1, fingerprint(described), "bfloat16", 900, described, "photos", "train", (), 0, 0, 0)
+  assert all(described[role]["name"] == f"original_{project.describe()[role]['name']}" for role in MODULES)
+  manifest = Manifest(SCHEMA_VERSION, fingerprint(described), "bfloat16", 900, described, "photos", "train", shards=(),
+                      records=0, conversations=0, pictures=0, skipped=0)
   files = {"tagger.checkpoint": refiner.tagger.checkpoint, "tagger.tag_list": refiner.tagger.tag_list,
            "tagger.thresholds": refiner.tagger.thresholds, "detector.checkpoint": refiner.detector.checkpoint,
            "detector.tokenizer": refiner.detector.tokenizer, "segmenter.checkpoint": refiner.segmenter.checkpoint}
@@ -121,9 +127,16 @@ def test_the_refiner_of_a_manifest(refiner, own, stand_ins):
   assert (found.detector.box_threshold, found.segmenter.feature) == (0.4, "mask_pooled")
 
 
+def test_settings_are_read_back_with_their_classes(refiner, stand_ins):
+  found = from_dict(NeuralRefiner, json.loads(refiner.to_json()), "config.refiner")
+  kinds = [type(getattr(found, role)) for role in MODULES]
+  assert found == refiner and kinds == [OriginalRamPlus, OriginalGroundingDino, OriginalSamHQ]
+
+
 def test_a_manifest_without_its_package(refiner, monkeypatch):
   monkeypatch.setitem(sys.modules, "ram.models.ram_plus", None)
-  manifest = Manifest(1, "", "bfloat16", 900, refiner.describe(), "photos", "train", (), 0, 0, 0)
+  manifest = Manifest(SCHEMA_VERSION, "", "bfloat16", 900, refiner.describe(), "photos", "train", shards=(), records=0,
+                      conversations=0, pictures=0, skipped=0)
   files = dict.fromkeys(["tagger.checkpoint", "tagger.tag_list", "tagger.thresholds", "detector.checkpoint",
                          "segmenter.checkpoint"], "nowhere")
   with pytest.raises(UserError, match="^refiner.tagger needs the package ram.models.ram_plus, .*recognize-anything"):
@@ -133,13 +146,13 @@ def test_a_manifest_without_its_package(refiner, monkeypatch):
 # --- RAM++ ---
 
 def make_ram_package(config):
-  """A module like `ram.models.ram_plus`: its network fetches a tokenizer, has a computed table and only tells words."""
+  """A module like `ram.models.ram_plus`, whose network asks for a tokenizer, has a computed table and returns words."""
   package = types.ModuleType("ram.models.ram_plus")
 
   def init_tokenizer():
     raise OSError("bert-base-uncased cannot be fetched")
 
-  class RAM_plus(RamPlusModel):  # for the names of its weights
+  class RAM_plus(RamPlusModel):  # so that its weights have the same names
     def __init__(self, image_size, vit):
       super().__init__(config)
       assert (image_size, vit) == (config.swin.image_size, "swin_l")
@@ -149,7 +162,8 @@ def make_ram_package(config):
     def generate_tag(self, images):
       features = self.encode(images)
       queries = torch.relu(self.wordvec_proj(self.reweight(features[:, 0])))
-      logits = self.fc(2 * self.tagging_head(queries, features)).squeeze(-1)  # twice: to be told from the project's own
+      # The factor of 2 makes the results differ from those of this project's network.
+      logits = self.fc(2 * self.tagging_head(queries, features)).squeeze(-1)
       return [" | ".join("a" for _ in row) for row in logits > 0], []
 
   package.init_tokenizer, package.RAM_plus = init_tokenizer, RAM_plus
@@ -159,20 +173,20 @@ def make_ram_package(config):
 @pytest.fixture
 def pictures():
   draw = np.random.default_rng(0)
-  return [Picture(Image.fromarray(draw.integers(0, 255, (40, 60, 3), np.uint8))) for _ in range(3)]
+  return [UprightPicture(Image.fromarray(draw.integers(0, 255, (40, 60, 3), np.uint8))) for _ in range(3)]
 
 
-def test_scores_are_those_of_the_packages_network(own, refiner, pictures, monkeypatch, tmp_path):
-  model = load(own.tagger.checkpoint, "swin_l").eval()
+def test_scores_are_those_of_the_packages_network(project, refiner, pictures, monkeypatch, tmp_path):
+  model = load(project.tagger.checkpoint, "swin_l").eval()
   package = make_ram_package(model.config)
   monkeypatch.setitem(sys.modules, "ram.models.ram_plus", package)
-  (tmp_path / "none.txt").write_text("0\n" * model.config.tags)  # so that every tag is in every picture
+  (tmp_path / "none.txt").write_text("0\n" * model.config.tags)  # so that every picture gets every tag
   settings = dataclasses.replace(refiner.tagger, thresholds=str(tmp_path / "none.txt"))
   settings.finalize("config.tagger")
   tagger = settings.build(CPU)
   assert isinstance(tagger.model.network, package.RAM_plus) and tagger.model.network.words == 30_524
   with pytest.raises(OSError):
-    package.init_tokenizer()  # the package is left as it was
+    package.init_tokenizer()  # the package is unchanged
   pixels = np.stack([tagger.prepare(picture.image) for picture in pictures]) / 255.0
   images = torch.tensor((pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]).float().permute(0, 3, 1, 2)
   with torch.inference_mode():
@@ -185,8 +199,8 @@ def test_scores_are_those_of_the_packages_network(own, refiner, pictures, monkey
     np.testing.assert_allclose(found.scores, scores[order], rtol=1e-4)
 
 
-def test_a_package_for_another_checkpoint(own, refiner, monkeypatch):
-  config = load(own.tagger.checkpoint, "swin_l").config
+def test_a_package_for_another_checkpoint(project, refiner, monkeypatch):
+  config = load(project.tagger.checkpoint, "swin_l").config
   monkeypatch.setitem(sys.modules, "ram.models.ram_plus", make_ram_package(dataclasses.replace(config, tags=4)))
   with pytest.raises(UserError, match=r"ram_plus.pth: label_embed has the shape \(21, 12\), expected \(12, 12\). "
                                       "Name the file that the installed package ram was made for"):

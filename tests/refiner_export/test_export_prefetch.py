@@ -75,7 +75,7 @@ def test_lines_of_progress(capsys, monkeypatch):
     progress.begin(0, 0, 6)
     progress.advance(0, 4, 1)
     progress.advance(0, 2, 0)
-  first, last = capsys.readouterr().out.splitlines()
+  first, last = capsys.readouterr().err.splitlines()
   assert first.startswith("4 of 6 pictures, 1 skipped, ") and first.endswith(" s left") and " per second, " in first
   assert last.startswith("6 of 6 pictures, 1 skipped, ") and last.endswith(" per second, 0 s left")
 

@@ -1,4 +1,4 @@
-"""RAM++: the model against a slow one written from the papers, the tagger around it, and its files."""
+"""RAM++: the model is compared with a slow one written from the papers; then the tagger and its files are tested."""
 
 import pickle
 import re
@@ -12,7 +12,7 @@ from slow_ram_plus import SlowRamPlus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from refiner_export.refiners.ram_plus import tagger as ram_plus_tagger
-from refiner_export.refiners.base import Picture
+from refiner_export.refiners.base import UprightPicture
 from refiner_export.refiners.compute import Compute
 from refiner_export.refiners.ram_plus.model import RAM_PLUS_SWIN_B, RAM_PLUS_SWIN_L, RamPlusConfig, RamPlusModel
 from refiner_export.refiners.ram_plus.tagger import RamPlus, load
@@ -20,10 +20,11 @@ from refiner_export.refiners.ram_plus.swin import SwinConfig
 from refiner_export.common.settings import UserError
 
 CPU = Compute(device="cpu")
-# Sides of the stages in patches: 16, 8, 4 with windows of 4, so that two stages have shifted windows.
+# The stages have 16, 8 and 4 patches along a side, and windows of 4. So two stages have shifted windows.
 TINY = RamPlusConfig(SwinConfig(width=8, heads=(1, 2, 2), depths=(2, 2, 2), image_size=64, window=4),
                      tags=7, descriptions=5, text_width=12, width=16)
-# As the published one: 8, 4, 2 and windows of 4; the last stage is smaller than a window.
+# The stages have 8, 4 and 2 patches along a side, and windows of 4. The last stage is smaller than a window, as in the
+# published model.
 SMALL = RamPlusConfig(SwinConfig(width=6, heads=(3, 2, 4), depths=(3, 1, 2), image_size=32, window=4),
                       tags=4, descriptions=3, text_width=10, width=8, layers=1, heads=2)
 NAMES = "Cat", "dog", "red Car", "tree", "house", "sky", "Traffic Light"
@@ -31,7 +32,7 @@ PICTURES = (90, 60), (50, 100), (64, 64)  # width and height
 
 
 def random_weights(config, seed=0):
-  """Values by the model's names that all matter."""
+  """Random weights by the names of the model. They are so large that every weight changes the results."""
   generator = torch.Generator().manual_seed(seed)
   weights = {}
   with torch.device("meta"):
@@ -77,7 +78,7 @@ def weights():
 def pictures():
   draw = np.random.default_rng(0)
   noise = [Image.fromarray(draw.integers(0, 255, (6, 6, 3), np.uint8)) for _ in PICTURES]
-  return [Picture(image.resize(size, Image.Resampling.BICUBIC)) for image, size in zip(noise, PICTURES)]
+  return [UprightPicture(image.resize(size, Image.Resampling.BICUBIC)) for image, size in zip(noise, PICTURES)]
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def _tiny_configs(monkeypatch):
 
 
 def write_files(folder, weights, names=NAMES, limits=(0.5,) * len(NAMES), **changes):
-  """Settings that name a checkpoint as it was published and the two lists."""
+  """Settings whose files are a checkpoint in the published form and the two lists."""
   folder.mkdir(exist_ok=True)
   torch.save({"model": as_published(weights), "optimizer": {"step": 1}}, folder / "ram.pth")
   (folder / "tags.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
@@ -97,7 +98,7 @@ def write_files(folder, weights, names=NAMES, limits=(0.5,) * len(NAMES), **chan
 
 
 def as_published(weights):
-  """With Swin's tables, and with the tagging head under its earlier name."""
+  """Adds the tables of Swin, and gives the tagging head the name that published files use."""
   tables = {"visual_encoder.layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.long),
             "visual_encoder.layers.0.blocks.1.attn_mask": torch.zeros(16, 16, 16)}
   return {name.replace("tagging_head", "vision_multi"): tensor for name, tensor in weights.items()} | tables
@@ -107,7 +108,7 @@ def as_published(weights):
 
 @pytest.mark.parametrize("config", [TINY, SMALL], ids=["shifted windows", "last stage smaller than a window"])
 def test_the_model_is_the_published_one(config):
-  """Tolerance 1e-5: logits are of size 1, and computed in float32 here, in float64 there."""
+  """The tolerance is 1e-5, because logits have size 1 and the model computes in float32, the slow one in float64."""
   weights = random_weights(config)
   model, reference, images = make_model(config, weights), slow(config, weights), draw_images(config, 2)
   expected = torch.stack([reference.logits(image) for image in images])
@@ -120,7 +121,7 @@ def test_the_model_is_the_published_one(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [RAM_PLUS_SWIN_B, RAM_PLUS_SWIN_L], ids=["swin_b", "swin_l"])
 def test_the_model_is_the_published_one_at_full_size(config):
-  """Tolerance 1e-4: 24 blocks in float32. Needs 6 GB."""
+  """The tolerance is 1e-4, because 24 blocks compute in float32. The test needs 6 GB."""
   weights = random_weights(config)
   model, reference, (image,) = make_model(config, weights), slow(config, weights), draw_images(config, 1)
   features = reference.encode(image)
@@ -129,7 +130,7 @@ def test_the_model_is_the_published_one_at_full_size(config):
 
 
 def expected_shapes(width, heads):
-  """Names and shapes of the official checkpoint, without the tables: Microsoft's Swin, and a BERT of two layers."""
+  """Names and shapes of the official checkpoint without the tables: Microsoft's Swin and a BERT of two layers."""
   shapes = {}
 
   def linear(name, inputs, outputs, bias=True):
@@ -185,7 +186,7 @@ def test_names_and_shapes_of_the_official_checkpoint(config, width, heads):
 
 
 def test_no_picture_gets_its_own_copy_of_the_descriptions(weights):
-  """Upstream multiplies all of them with their weights for each picture."""
+  """The official code multiplies all descriptions by their weights for each picture, which takes much memory."""
   model, largest = make_model(TINY, weights), 0
 
   class Watch(TorchDispatchMode):
@@ -206,7 +207,7 @@ def test_no_picture_gets_its_own_copy_of_the_descriptions(weights):
 
 @pytest.fixture(scope="module")
 def model_scores(weights, pictures):
-  """float (3, 7): of each picture and tag, by the slow model from the resized pixels."""
+  """float (3, 7): the scores of the slow model for every picture and tag, from the resized pixels."""
   reference, scores = slow(TINY, weights), []
   for picture in pictures:
     pixels = np.asarray(picture.image.resize((64, 64), Image.Resampling.BILINEAR)) / 255
@@ -216,10 +217,11 @@ def model_scores(weights, pictures):
 
 
 def test_tags_are_those_over_their_own_threshold(tmp_path, weights, pictures, model_scores):
-  """Thresholds between the scores of the first picture and those of the others; the last tag is forbidden."""
+  """The thresholds lie between the scores of the pictures, so that pictures get different tags. The last tag is
+  forbidden."""
   thresholds = np.round(np.median(model_scores, axis=0), 3) - 0.002
   thresholds[-1] = 1
-  assert np.abs(model_scores - thresholds).min() > 1e-4  # else the test would hang on rounding
+  assert np.abs(model_scores - thresholds).min() > 1e-4  # rounding must not decide the test
   tags = write_files(tmp_path, weights, limits=thresholds).build(CPU).tag(pictures)
   sizes = set()
   for found, scores in zip(tags, model_scores, strict=True):
@@ -250,7 +252,7 @@ def test_a_name_that_is_listed_twice(tmp_path, weights, pictures, model_scores):
 
 
 def test_together_or_one_at_a_time(tmp_path, weights, pictures):
-  """Tolerance 2e-4: sums are taken in another order."""
+  """The tolerance is 2e-4, because sums have another order in other batches."""
   for batch in (1, 2, 5):
     tagger = write_files(tmp_path, weights, limits=[0] * 7, batch=batch).build(CPU)
     together = tagger.tag(pictures)
@@ -280,7 +282,7 @@ def test_the_aspect_is_not_kept(tmp_path, weights):
 
 
 def test_bfloat16_is_close(tmp_path, weights, pictures):
-  """Scores, which are in [0, 1], to 0.05; the weights stay in float32."""
+  """Scores, which lie in [0, 1], change by at most 0.05. The weights stay in float32."""
   settings = write_files(tmp_path, weights, limits=[0] * 7)
   exact = settings.build(CPU).tag(pictures)
   tagger = settings.build(Compute(device="cpu", precision="bfloat16"))
@@ -388,7 +390,7 @@ def test_a_list_of_another_checkpoint(tmp_path, weights):
 def test_a_file_without_weights(tmp_path, weights):
   settings = write_files(tmp_path, weights)
   (tmp_path / "ram.pth").write_bytes(b"<html>")
-  with pytest.raises(UserError, match="ram.pth is no file of weights, or is damaged or cut off"):
+  with pytest.raises(UserError, match="ram.pth is not a whole .pth file of weights"):
     load(settings.checkpoint, "swin_l")
 
 

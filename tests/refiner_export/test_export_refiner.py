@@ -1,13 +1,13 @@
-"""The descriptor and the refiner built on it."""
+"""The classical refiner and its descriptor."""
 
 import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
 
-from refiner_export.export.images import open_upright, to_jpeg
+from refiner_export.common.images import open_upright, to_jpeg
 from refiner_export.refiners.classical import descriptor
-from refiner_export.refiners.base import Picture
+from refiner_export.refiners.base import UprightPicture
 from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.sources.base import SourceObject
 
@@ -58,7 +58,7 @@ def test_compression_matters_less_than_content():
 
 
 def test_a_photo_without_annotations_has_the_grid(photo):
-  found, masks = run(ClassicalRefiner(GRID), Picture(photo))
+  found, masks = run(ClassicalRefiner(GRID), UprightPicture(photo))
   assert found.tags == () and found.boxes.shape == (0, 4) and masks.shape == (0, 256)
   centres = (np.arange(GRID) + 0.5) / GRID
   np.testing.assert_allclose(found.row_boxes[:, 0], np.tile(centres, GRID), atol=1e-6)
@@ -69,18 +69,18 @@ def test_a_photo_without_annotations_has_the_grid(photo):
 def test_objects_come_first_and_take_the_cells_under_them(photo):
   box = (0.30, 0.30, 0.40, 0.40)  # its centre lies in row 2, column 2
   objects = (SourceObject("cat", box), SourceObject("eye", box))
-  found, masks = run(ClassicalRefiner(GRID), Picture(photo, objects))
+  found, masks = run(ClassicalRefiner(GRID), UprightPicture(photo, objects))
   assert found.tags == ("cat", "eye") and found.scores.tolist() == [1, 1] and masks.shape == (2, 256)
   assert found.row_features.shape == (GRID * GRID, 256)
   np.testing.assert_allclose(found.row_boxes[:2], [[0.35, 0.35, 0.1, 0.1]] * 2, atol=1e-6)
   kept = np.round(found.row_boxes[2:, :2] * GRID - 0.5).astype(int)  # (column, row)
   missing = {(x, y) for x in range(GRID) for y in range(GRID)} - {tuple(cell) for cell in kept.tolist()}
   assert (2, 2) in missing and len(missing) == 2 and missing - {(2, 2)} < {(1, 2), (2, 1), (3, 2), (2, 3), (1, 1)}
-  np.testing.assert_array_equal(masks[0], found.row_features[0])  # without a mask both see the box
+  np.testing.assert_array_equal(masks[0], found.row_features[0])  # without a mask both describe the box
 
 
 def test_more_objects_than_rows(photo):
-  found, masks = run(ClassicalRefiner(grid=2), Picture(photo, (SourceObject("cat", (0, 0, 1, 1)),) * 6))
+  found, masks = run(ClassicalRefiner(grid=2), UprightPicture(photo, (SourceObject("cat", (0, 0, 1, 1)),) * 6))
   assert len(found.tags) == len(masks) == len(found.row_features) == 4
 
 
@@ -89,8 +89,11 @@ def test_what_lies_outside_the_mask_does_not_count(photo):
   left[:, :photo.width // 2] = True
   painted = photo.copy()
   painted.paste((0, 255, 0), (photo.width // 2 + 20, 0, photo.width, photo.height))
-  features = lambda mask: [run(ClassicalRefiner(GRID), Picture(image, (SourceObject("cat", (0, 0, 1, 1), mask),)))[1]
-                           for image in (photo, painted)]
+
+  def features(mask):
+    objects = (SourceObject("cat", (0, 0, 1, 1), mask),)
+    return [run(ClassicalRefiner(GRID), UprightPicture(image, objects))[1] for image in (photo, painted)]
+
   masked, plain = features(lambda: left), features(None)
   np.testing.assert_allclose(masked[0], masked[1], atol=1e-3)
   assert np.abs(plain[0] - plain[1]).mean() > 0.1

@@ -11,17 +11,17 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from refiner_export.common.images import UnreadableImage
+from refiner_export.common.settings import UserError
 from refiner_export.export import pipeline
 from refiner_export.export import run
 from refiner_export.export.config import ImageSettings, refiner_from_manifest
-from refiner_export.export.images import UnreadableImage
 from refiner_export.records.manifest import Manifest
 from refiner_export.records.reader import RecordDirectory
 from refiner_export.records.record import RecordError
-from refiner_export.refiners.classical.refiner import ClassicalRefiner
-from refiner_export.common.settings import UserError
-from refiner_export.sources.base import SourceExample, SourceObject
 from refiner_export.records.tfrecord import index_path
+from refiner_export.refiners.classical.refiner import ClassicalRefiner
+from refiner_export.sources.base import SourceExample, SourceObject, SourcePicture
 
 
 def contents(directory):
@@ -42,8 +42,9 @@ def test_records_and_manifest(finished):
   assert [shard.records for shard in manifest.shards] == [2, 1, 1] and manifest.detection_rows == 16
   assert manifest.shards[0].file == "lyrics_records-train.tfrecord-00000-of-00003"
   first = directory[0]
-  assert Image.open(io.BytesIO(first.image)).size == (first.width, first.height) == (80, 60)
-  assert first.tags == ("cat", "dog", "dog") and first.detection_features.shape == (16, 256)
+  picture = first.picture
+  assert Image.open(io.BytesIO(picture.image)).size == (picture.width, picture.height) == (80, 60)
+  assert picture.tags == ("cat", "dog", "dog") and picture.detection_features.shape == (16, 256)
   with pytest.raises(IndexError):
     directory[4]
 
@@ -126,6 +127,12 @@ def test_an_edited_source_is_refused(coco, copy, make, tmp_path):
     edited.write_text(file.read().replace("caption a", "heading a"))
   with pytest.raises(UserError, match="another config.source: "):
     run.export(make(dataclasses.replace(coco, captions=str(edited)), copy))
+  # Under the name of before, and as long as before.
+  source, output = dataclasses.replace(coco, captions=str(shutil.copy(coco.captions, edited))), tmp_path / "out"
+  run.export(make(source, output), run.ShardRange(0, 1))
+  edited.write_text(edited.read_text().replace("caption b", "Caption b"))
+  with pytest.raises(UserError, match=f"^{output} was begun with another config.source: "):
+    run.export(make(source, output))
 
 
 def test_missing_manifest(tmp_path):
@@ -134,7 +141,7 @@ def test_missing_manifest(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda fields: fields | {"schema_version": 99}, "schema version 99, this program reads 1: export again"),
+    (lambda fields: fields | {"schema_version": 99}, "schema version 99, this program reads 1 to 2: "),
     (lambda fields: {}, "not a manifest ('schema_version'): export again"),
     (lambda fields: fields | {"surprise": 1}, "not a manifest (")])
 def test_bad_manifest(copy, change, message):
@@ -163,7 +170,7 @@ def test_a_record_of_another_refiner_is_named_by_shard_and_position(copy):
 def test_a_damaged_directory_is_noticed(copy):
   shard = next(copy.glob("*00002-of-00003"))
   data = shard.read_bytes()
-  shard.write_bytes(data[:-10] + b"x" + data[-9:])
+  shard.write_bytes(data[:-10] + bytes([data[-10] ^ 1]) + data[-9:])
   with pytest.raises(RecordError, match="00002-of-00003: record 0 has a bad checksum"):
     RecordDirectory(copy)[3]
   index_path(shard).unlink()
@@ -179,23 +186,27 @@ def test_boxes_belong_to_the_upright_picture():
   exif[0x0112] = 6
   file = io.BytesIO()
   upright.rotate(90, expand=True).save(file, "JPEG", exif=exif, quality=95)
-  example = SourceExample("turned", file.getvalue, objects=(SourceObject("wall", (0.0, 0.0, 0.45, 1.0)),))
+  wall = SourceObject("wall", (0.0, 0.0, 0.45, 1.0))
+  example = SourceExample("turned", (SourcePicture(file.getvalue, (wall,)),))
   (record,) = pipeline.refine([example], ClassicalRefiner(grid=4), ImageSettings(), "test")
-  assert (record.width, record.height) == (120, 60)
-  stored = Image.open(io.BytesIO(record.image))
+  picture = record.picture
+  assert (picture.width, picture.height) == (120, 60)
+  stored = Image.open(io.BytesIO(picture.image))
   assert not stored.getexif() and stored.getpixel((20, 30))[0] > 250 and stored.getpixel((100, 30))[0] < 5
   # L is 100 all over the box: (100 - 50) / 25
-  np.testing.assert_allclose(record.mask_features[0, 192:240:3], 2, atol=0.05)
+  np.testing.assert_allclose(picture.mask_features[0, 192:240:3], 2, atol=0.05)
 
 
 def test_a_new_photo_is_refined_as_the_records_were(finished):
   directory = RecordDirectory(finished)
   refiner = refiner_from_manifest(directory.manifest)
   assert refiner == ClassicalRefiner(grid=4)
-  record = pipeline.refine_photo(directory[3].image, refiner)  # a picture without objects: rows are the same cells
-  assert record.tags == () and record.conversations == () and record.mask_features.shape == (0, 256)
-  np.testing.assert_array_equal(record.detection_boxes.round(4), directory[3].detection_boxes.round(4))
-  assert np.abs(record.detection_features - directory[3].detection_features).mean() < 0.1
+  exported = directory[3].picture  # a picture without objects: rows are the same cells
+  record = pipeline.refine_photo(exported.image, refiner)
+  picture = record.picture
+  assert picture.tags == () and record.conversations == () and picture.mask_features.shape == (0, 256)
+  np.testing.assert_array_equal(picture.detection_boxes.round(4), exported.detection_boxes.round(4))
+  assert np.abs(picture.detection_features - exported.detection_features).mean() < 0.1
   with pytest.raises(UnreadableImage, match="^photo: not a picture$"):
     pipeline.refine_photo(b"text", refiner)
 

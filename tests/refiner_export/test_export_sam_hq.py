@@ -1,4 +1,4 @@
-"""SAM-HQ: the mask decode against the published algorithm, the segmenter around it, and its checkpoints."""
+"""SAM-HQ: the decoder is compared with the published algorithm; then the segmenter and its checkpoints are tested."""
 
 import math
 import pickle
@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from tiny_sam_hq import GRID, SIDE, WIDTH
 from transformers import SamHQProcessor, SamImageProcessorPil
 
-from refiner_export.refiners.base import Detections, Picture
+from refiner_export.refiners.base import Detections, UprightPicture
 from refiner_export.refiners.compute import Compute
 from refiner_export.refiners.sam_hq.segmenter import SamHQ, load
 from refiner_export.refiners.sam_hq.decoder import MaskDecoder, mean_under, to_picture
@@ -21,12 +21,12 @@ from refiner_export.refiners.sam_hq.names import NAMES, translate
 from refiner_export.common.settings import UserError
 
 CPU = Compute(device="cpu")
-SIZES = (90, 61), (50, 100), (64, 64)  # width and height of the pictures; 61 / 90 of 128 is 86.8
+SIZES = (90, 61), (50, 100), (64, 64)  # width and height of the pictures; 128 * 61 / 90 is 86.8
 BOXES = ([[0.1, 0.2, 0.6, 0.9], [0.5, 0.0, 1.0, 0.4], [0.3, 0.3, 0.4, 0.4]], [[0, 0, 1, 1]], [])
 
 
 def test_denormal_numbers_are_zero():
-  """A CPU takes ten times as long over them, and padding makes many."""
+  """A CPU takes ten times as long over denormal numbers, and padded pictures give many of them."""
   assert (torch.full((9,), 1e-30) * 1e-10 == 0).all()
 
 
@@ -54,7 +54,7 @@ def segmenter(directory):
 def pictures():
   draw = np.random.default_rng(0)
   noise = [Image.fromarray(draw.integers(0, 255, (6, 6, 3), np.uint8)) for _ in SIZES]
-  return [Picture(image.resize(size, Image.Resampling.BICUBIC)) for image, size in zip(noise, SIZES)]
+  return [UprightPicture(image.resize(size, Image.Resampling.BICUBIC)) for image, size in zip(noise, SIZES)]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def assert_same(left, right, tolerance):
 # --- the published algorithm, one box at a time ---
 
 class Published:
-  """SAM (Kirillov et al. 2023, appendix A) with the HQ token and the HQ features of Ke et al. (2023), section 3."""
+  """SAM (Kirillov et al. 2023, appendix A) with the HQ token and the HQ features (Ke et al. 2023, section 3)."""
 
   def __init__(self, weights):
     self.weights = weights
@@ -117,7 +117,7 @@ class Published:
     return torch.cat([angles.sin(), angles.cos()], -1)
 
   def transform(self, prompts, image, positions):
-    """The two-way transformer: (8, 256) and (hw, 256), both updated."""
+    """The two-way transformer updates tokens, (8, 256), and the image, (hw, 256)."""
     tokens = prompts
     for index in range(2):
       layer = f"mask_decoder.transformer.layers.{index}"
@@ -135,7 +135,7 @@ class Published:
     return self.norm("mask_decoder.transformer.layer_norm_final_attn", tokens), image
 
   def decode(self, embedding, early, box):
-    """(256, h, w), (h, w, D) and (4,) -> the HQ token, the mask's logits and its IoU."""
+    """(256, h, w), (h, w, D) and (4,) -> the HQ token, the logits and the IoU of the mask."""
     weight = lambda name: self.weights[f"{name}.weight"]
     corners = self.encode_position((box.view(2, 2) + 0.5) / SIDE)
     corners = corners + torch.cat([weight("prompt_encoder.point_embed.2"), weight("prompt_encoder.point_embed.3")])
@@ -176,7 +176,7 @@ def test_decode_is_the_published_one(model, weights):
 # --- the segmenter ---
 
 def test_from_picture_to_token_as_in_transformers(model, pictures, detections, segments):
-  """transformers' own processor and forward: its tokens and IoU are right, its masks are not."""
+  """The processor and the forward pass of transformers give the right tokens and IoU. Their masks are wrong."""
   images = SamImageProcessorPil(size={"longest_edge": SIDE}, pad_size={"height": SIDE, "width": SIDE})
   processor, seen = SamHQProcessor(image_processor=images), []
   hook = model.mask_decoder.transformer.register_forward_hook(lambda module, _, output: seen.append(output[0]))
@@ -192,7 +192,7 @@ def test_from_picture_to_token_as_in_transformers(model, pictures, detections, s
 
 
 def test_masks_have_the_pictures_size(weights, segmenter, pictures, detections):
-  """Against the published decode, and transformers' way to the picture's size."""
+  """The masks are compared with the published decode, resized to the picture by transformers."""
   published, images, seen = Published(weights), SamImageProcessorPil(), []
   hook = segmenter.encoder.register_forward_hook(lambda module, _, output: seen.append(output))
   segments = segmenter.segment(pictures, detections)
@@ -264,7 +264,7 @@ def test_bfloat16_is_close(directory, pictures, detections, segments):
 
 
 def test_padding_is_zero_after_normalisation(segmenter, pictures):
-  """Whatever lies there before: so that the encoder sees what it was trained with."""
+  """Padding is zero whatever the pixels there were, because it was zero in training."""
   seen = []
   hook = segmenter.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
   segmenter.segment(pictures[:1], [detected(BOXES[0])])
@@ -278,7 +278,7 @@ def test_prepare_can_be_sent_to_a_worker(segmenter, pictures):
   assert len(sent) < 1000
   prepared = pickle.loads(sent)(pictures[0].image)
   assert prepared.dtype == np.uint8 and prepared.shape == (SIDE, SIDE, 3)
-  assert segmenter.prepare(Image.new("RGB", (1000, 1), "white")).any()  # a thread of a picture keeps one row
+  assert segmenter.prepare(Image.new("RGB", (1000, 1), "white")).any()  # a picture of one row keeps this row
 
 
 def test_mean_under_the_mask():

@@ -1,16 +1,18 @@
-"""The sources: texts, boxes and masks of each example."""
+"""The sources: units, texts, boxes and masks of each example."""
 
 import collections
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from refiner_export.export.images import open_upright
-from refiner_export.records.record import BOX_PLACEHOLDER
 from refiner_export.common.settings import UserError
+from refiner_export.common.images import open_upright
+from refiner_export.records.record import BOX_PLACEHOLDER
 from refiner_export.sources.coco import Coco
-from refiner_export.sources.photos import Photos, credits
+from refiner_export.sources.photos import Photos
 
 
 def said(example, task):
@@ -22,20 +24,21 @@ def test_coco_texts_and_objects(coco):
   assert list(examples) == ["1", "2", "3", "4", "5"]
   first = examples["1"]
   assert first.captions == ("caption a of 1", "caption b of 1")
-  assert said(first, "caption") == [("", "caption a of 1"), ("", "caption b of 1")]
-  assert said(first, "rec") == [("the cat", "<box 0>")]
-  assert [thing.tag for thing in first.objects] == ["cat", "dog", "dog"]
-  assert first.objects[0].box == first.text_boxes[0] == (20 / 80, 10 / 60, 50 / 80, 30 / 60)
-  assert examples["3"].objects[0].mask is None and examples["5"].objects == ()
+  assert said(first, "rec") == [("the cat", "<box 0.0>")]
+  assert {conversation.task for conversation in first.conversations} == {"rec"}  # captions have one home
+  (picture,) = first.pictures
+  assert [thing.tag for thing in picture.objects] == ["cat", "dog", "dog"]
+  assert picture.objects[0].box == picture.text_boxes[0] == (20 / 80, 10 / 60, 50 / 80, 30 / 60)
+  assert examples["3"].pictures[0].objects[0].mask is None and examples["5"].pictures[0].objects == ()
 
 
 def test_coco_crowds_are_no_objects_but_make_a_name_ambiguous(coco):
-  second = coco.examples()[1]
-  assert [thing.tag for thing in second.objects] == ["cat"] and said(second, "rec") == []
+  second = list(coco.examples())[1]
+  assert [thing.tag for thing in second.pictures[0].objects] == ["cat"] and said(second, "rec") == []
 
 
 def test_coco_masks_agree_whatever_their_code(coco):
-  masks = [thing.mask() for thing in coco.examples()[0].objects]
+  masks = [thing.mask() for thing in next(coco.examples()).pictures[0].objects]
   for mask in masks:
     assert mask.shape == (60, 80) and mask.dtype == bool
     assert mask[11:29, 21:49].all() and not mask[:9].any() and not mask[:, 52:].any()
@@ -45,7 +48,7 @@ def test_coco_masks_agree_whatever_their_code(coco):
 def test_coco_errors_are_one_line(coco, tmp_path):
   def line(source):
     with pytest.raises(UserError) as error:
-      source.examples()
+      list(source.examples())
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -54,29 +57,54 @@ def test_coco_errors_are_one_line(coco, tmp_path):
   (tmp_path / "bad.json").write_text("{")
   assert line(Coco(coco.images, str(tmp_path / "bad.json"), coco.instances)).startswith("source.captions: ")
   assert "bad or missing entry 'categories'" in line(Coco(coco.images, coco.captions, coco.captions))
+  instances = tmp_path / "instances.json"
+  with open(coco.instances) as file:
+    instances.write_text(file.read().replace('"bbox"', '"box"'))
+  assert "bad or missing entry 'bbox'" in line(Coco(coco.images, coco.captions, str(instances)))
+
+
+def test_an_edited_file_is_another_version_and_read_again(coco, tmp_path):
+  captions = shutil.copy(coco.captions, tmp_path / "captions.json")
+  source = Coco(coco.images, str(captions), coco.instances)
+  (before,) = source.shards()
+  assert (before.name, before.count) == ("captions.json", 5)
+  captions.write_text(captions.read_text().replace("caption a", "Caption a"))  # as long as before
+  (after,) = source.shards()
+  assert before.version != after.version and (after.name, after.count) == ("captions.json", 5)
+  assert next(source.read(after)).captions[0] == "Caption a of 1"
 
 
 @pytest.fixture(scope="module")
 def photos():
-  return Photos().examples()
+  return list(Photos().examples())
+
+
+@pytest.mark.parametrize("start, stop", [(0, None), (0, 2), (2, 4), (3, None), (4, 99), (1, 1)])
+def test_slices_are_those_of_the_whole(coco, photos, start, stop):
+  for source, examples in (coco, list(coco.examples())), (Photos(), photos):
+    (unit,) = source.shards()
+    assert unit.count == len(examples)
+    ids = [example.id for example in source.read_slice(unit, start, stop)]
+    assert ids == [example.id for example in itertools.islice(source.read(unit), start, stop)]
+    assert ids == [example.id for example in examples[start:stop]]
 
 
 def test_photos_are_whole(photos):
   assert len(photos) >= 12 and len({photo.id for photo in photos}) == len(photos)
-  assert set(credits()) == {photo.id for photo in photos} and all(credits().values())
   for photo in photos:
-    assert open_upright(photo.read_image(), photo.id).size
-    assert len(photo.captions) >= 3 and photo.objects
-    for box in (*photo.text_boxes, *(thing.box for thing in photo.objects)):
+    (picture,) = photo.pictures
+    assert picture.credit and open_upright(picture.read(), photo.id).size
+    assert len(photo.captions) >= 3 and picture.objects
+    for box in (*picture.text_boxes, *(thing.box for thing in picture.objects)):
       assert 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
-    for thing in photo.objects:
+    for thing in picture.objects:
       assert thing.tag and thing.tag == thing.tag.lower().strip()
 
 
 def test_boxes_in_the_file_lie_inside_the_pictures(photos):
   from refiner_export.sources import photos as module
   for entry, photo in zip(json.loads(module._PACKAGED.read_text()), photos):
-    width, height = open_upright(photo.read_image(), photo.id).size
+    width, height = open_upright(photo.pictures[0].read(), photo.id).size
     for thing in entry["objects"]:
       x1, y1, x2, y2 = thing["box"]
       assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height, (photo.id, thing)
@@ -84,36 +112,39 @@ def test_boxes_in_the_file_lie_inside_the_pictures(photos):
 
 def test_photo_conversations(photos):
   for photo in photos:
-    frequency = collections.Counter(thing.tag for thing in photo.objects)
-    box_of = {thing.tag: thing.box for thing in photo.objects}
+    objects, text_boxes = photo.pictures[0].objects, photo.pictures[0].text_boxes
+    frequency = collections.Counter(thing.tag for thing in objects)
+    box_of = {thing.tag: thing.box for thing in objects}
     tasks = collections.Counter(conversation.task for conversation in photo.conversations)
-    assert set(tasks) == {"caption", "vqa", "dialogue", "multiple_choice", "region", "rec"}
+    assert set(tasks) == {"vqa", "dialogue", "multiple_choice", "region", "rec"}
     assert tasks["rec"] == sum(count == 1 for count in frequency.values())
     for question, answer in said(photo, "rec"):
-      (index,) = BOX_PLACEHOLDER.findall(answer)
-      assert frequency[question.removeprefix("the ")] == 1
-      assert photo.text_boxes[int(index)] == box_of[question.removeprefix("the ")]
+      ((picture, index),) = BOX_PLACEHOLDER.findall(answer)
+      assert frequency[question.removeprefix("the ")] == 1 and picture == "0"
+      assert text_boxes[int(index)] == box_of[question.removeprefix("the ")]
     for _, answer in said(photo, "dialogue"):
       # "Where is the X?" has one answer only when X is unique.
-      box = photo.text_boxes[int(BOX_PLACEHOLDER.fullmatch(answer).group(1))]
-      assert all(frequency[thing.tag] == 1 for thing in photo.objects if thing.box == box)
+      box = text_boxes[int(BOX_PLACEHOLDER.fullmatch(answer).group(2))]
+      assert all(frequency[thing.tag] == 1 for thing in objects if thing.box == box)
     for question, answer in said(photo, "multiple_choice"):
       assert f" {answer}" in question and " (a) " in question and " (b) " in question
     for conversation in photo.conversations:
       for turn in conversation.turns:
-        assert all(int(index) < len(photo.text_boxes) for index in BOX_PLACEHOLDER.findall(turn.text))
+        assert all(int(index) < len(text_boxes) for _, index in BOX_PLACEHOLDER.findall(turn.text))
 
 
 def test_photos_errors_are_one_line(tmp_path):
-  with pytest.raises(UserError, match="^source.annotations not found: /no.json. [^\n]*$"):
-    Photos("/no.json").examples()
+  def line(path):
+    with pytest.raises(UserError) as error:
+      list(Photos(str(path)).examples())
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+  assert line("/no.json").startswith("source.annotations not found: /no.json. ")
   path = tmp_path / "photos.json"
   path.write_text("[")
-  with pytest.raises(UserError, match=f"^{path}: not JSON .*: mend the file$"):
-    Photos(str(path)).examples()
+  assert line(path).startswith(f"{path}: not JSON ") and line(path).endswith(": mend the file")
   path.write_text(json.dumps([{"id": "x", "package": "skimage", "file": "data/astronaut.png", "captions": ["a"]}]))
-  with pytest.raises(UserError, match=f"^{path}: photo x: bad or missing entry 'objects': mend the file$"):
-    Photos(str(path)).examples()
+  assert line(path) == f"{path}: photo x: bad or missing entry 'objects': mend the file"
   path.write_text(json.dumps([{"id": "x", "package": "skimage", "file": "data/nothing.png"}]))
-  with pytest.raises(UserError, match="data/nothing.png: this version of scikit-image lacks the photo"):
-    Photos(str(path)).examples()
+  assert "data/nothing.png: this version of scikit-image lacks the photo" in line(path)

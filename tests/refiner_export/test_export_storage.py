@@ -6,18 +6,14 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from lyrics_jax.config import MQFormerConfig, ModelConfig, RefinerConfig
-from lyrics_jax.data.images import View
-from lyrics_jax.data.visual import visual_inputs
-from refiner_export.export import pipeline
-from refiner_export.export import run
-from refiner_export.records import verify
+from refiner_export.common.settings import UserError
+from refiner_export.export import pipeline, run
 from refiner_export.export.config import FeatureSettings
-from refiner_export.export.images import UnreadableImage
+from refiner_export.common.images import UnreadableImage
 from refiner_export.records.reader import RecordDirectory
 from refiner_export.records.record import RecordError
+from refiner_export.records.verify import verify
 from refiner_export.refiners.classical.refiner import ClassicalRefiner, MaskDescriber
-from refiner_export.common.settings import UserError
 
 
 def contents(directory):
@@ -26,23 +22,23 @@ def contents(directory):
 
 def read(directory):
   records = RecordDirectory(directory)
-  return [records[k] for k in range(len(records))]
+  return [records[k].picture for k in range(len(records))]
 
 
 def given(config):
-  """The records as the refiner gives them, before anything is stored."""
-  results = pipeline.refine(config.source.examples(), config.refiner.build(), config.image, "coco")
-  return [result for result in results if not isinstance(result, UnreadableImage)]
+  """The pictures as the refiner gives them, before anything is stored."""
+  examples = [example for unit in config.source.shards() for example in config.source.read(unit)]
+  results = pipeline.refine(examples, config.refiner.build(), config.image, "coco")
+  return [result.picture for result in results if not isinstance(result, UnreadableImage)]
 
 
 @pytest.fixture(scope="module", params=[
     ("float16", None, "tfrecord"), ("bfloat16", 5, "array_record"),
     ("int8", 3, "tfrecord"), ("int8", None, "array_record")])
-def stored(request, coco, tmp_path_factory):
-  from conftest import make_config
+def stored(request, coco, make, tmp_path_factory):
   dtype, top_k, format = request.param
-  config = make_config(coco, tmp_path_factory.mktemp("stored") / "records", format=format,
-                       features=FeatureSettings(dtype=dtype, top_k=top_k))
+  config = make(coco, tmp_path_factory.mktemp("stored") / "records", format=format,
+                features=FeatureSettings(dtype=dtype, top_k=top_k))
   return config, run.export(config)
 
 
@@ -82,7 +78,7 @@ def test_the_manifest_says_what_storing_cost(stored):
 
 
 def test_verify_finds_nothing(stored):
-  assert list(verify.verify(stored[0].output)) == []
+  assert list(verify(stored[0].output)) == []
 
 
 def test_a_stopped_export_ends_with_the_same_bytes(stored, tmp_path, monkeypatch):
@@ -102,18 +98,6 @@ def test_a_stopped_export_ends_with_the_same_bytes(stored, tmp_path, monkeypatch
   monkeypatch.setattr(pipeline, "refine_read", refine)
   run.export(config)
   assert contents(tmp_path / "out") == contents(RecordDirectory(stored[0].output).path)
-
-
-def test_the_trainer_pads_what_is_left_out(stored):
-  config, manifest = stored
-  model = ModelConfig(refiner=RefinerConfig(detection_rows=12, mask_rows=8), mq_former=MQFormerConfig())
-  for record in read(config.output):
-    inputs = visual_inputs(record, View(), model)
-    rows = min(manifest.detection_rows, 12)
-    assert inputs["detection"].shape == (12, 260)
-    assert inputs["detection_mask"].tolist() == [True] * rows + [False] * (12 - rows)
-    np.testing.assert_array_equal(inputs["detection"][:rows, :256], record.detection_features[:rows])
-    assert not inputs["detection"][rows:].any()
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -152,14 +136,14 @@ def test_masks_are_stored(coco, tmp_path, make):
   assert [len(record.mask_rles) for record in records] == [len(record.tags) for record in records] and records[0].tags
   mask = coco_mask.decode({"size": [records[0].height, records[0].width], "counts": records[0].mask_rles[0]})
   assert mask[:30].all() and not mask[30:].any()
-  assert list(verify.verify(tmp_path / "out")) == []
+  assert list(verify(tmp_path / "out")) == []
 
 
 def test_masks_that_nobody_gives(coco, tmp_path, make):
   with pytest.raises(UserError, match="^config.features.masks: the refiner's segmenter gives no masks; SAM-HQ does "):
     make(coco, tmp_path / "out", features=FeatureSettings(masks=True))
   config = make(coco, tmp_path / "out", refiner=MaskingRefiner(grid=4, count=1), features=FeatureSettings(masks=True))
-  with pytest.raises(RecordError, match="^record 1: 3 objects, but 1 mask_rles: have the segmenter give them, or "):
+  with pytest.raises(RecordError, match="^record 1: picture 0: 3 objects, but 1 mask_rles: have the segmenter give "):
     run.export(config)
 
 

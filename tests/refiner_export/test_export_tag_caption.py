@@ -1,4 +1,4 @@
-"""Captions of tags and where in them each tag stands, against values written by hand."""
+"""Captions of tags and the places of the tags in them are compared with values written by hand."""
 
 import pytest
 from tiny_models import tiny_tokenizer

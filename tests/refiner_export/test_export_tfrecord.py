@@ -10,9 +10,15 @@ import pytest
 
 from refiner_export.records.features import FeatureSums
 from refiner_export.records.record import RecordError
-from refiner_export.records.tfrecord import ShardReader, index_path, write_shard
+from refiner_export.records.shard_files import ShardItem, index_path
+from refiner_export.records.tfrecord import ShardReader, write_shard
 
 PAYLOADS = [b"first", b"", b"third" * 50]
+
+
+def items() -> list[ShardItem]:
+  """Record k has k conversations and 2 - k pictures."""
+  return [ShardItem(payload, k, 2 - k) for k, payload in enumerate(PAYLOADS)]
 
 
 def crc32c(data: bytes) -> int:
@@ -38,7 +44,7 @@ def masked(data: bytes) -> int:
 @pytest.fixture
 def shard(tmp_path):
   path = tmp_path / "shard"
-  write_shard(path, ((payload, k) for k, payload in enumerate(PAYLOADS)))
+  write_shard(path, iter(items()))
   return path
 
 
@@ -59,10 +65,13 @@ def test_random_access_counts_and_description(shard):
   assert [reader.read(k) for k in (2, 0, 1)] == [PAYLOADS[k] for k in (2, 0, 1)]
   assert reader.conversation_counts.tolist() == [0, 1, 2]
   before = shard.read_bytes()
-  info = write_shard(shard, ((payload, k) for k, payload in enumerate(PAYLOADS)))
+  assert reader.picture_counts.tolist() == [2, 1, 0]
+  info = write_shard(shard, iter(items()))
   assert shard.read_bytes() == before and info.sha256 == hashlib.sha256(before).hexdigest()
-  assert (info.file, info.records, info.conversations, info.bytes) == ("shard", 3, 3, len(before)) == (
-      "shard", len(reader), reader.conversation_counts.sum(), reader.bytes)
+  assert (info.file, info.records, info.conversations, info.pictures, info.bytes) == (
+      "shard", 3, 3, 3, len(before))
+  assert (len(reader), reader.conversation_counts.sum(), reader.picture_counts.sum(), reader.bytes) == (
+      3, 3, 3, len(before))
   assert sorted(path.name for path in shard.parent.iterdir()) == ["shard", "shard.index"]
 
 
@@ -72,6 +81,17 @@ def test_reader_is_shared_by_pickle_and_threads(shard):
   copy = pickle.loads(pickle.dumps(reader))
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     assert list(pool.map(copy.read, [k % 3 for k in range(300)])) == [PAYLOADS[k % 3] for k in range(300)]
+
+
+def test_an_index_of_before_there_were_picture_counts(shard):
+  """It has three columns, and every record had one picture."""
+  with index_path(shard).open("rb") as file:
+    table = np.load(file)
+  with index_path(shard).open("wb") as file:
+    np.save(file, table[:, :3])
+  reader = ShardReader(shard)
+  assert reader.picture_counts.tolist() == [1, 1, 1] and reader.conversation_counts.tolist() == [0, 1, 2]
+  assert read_all(shard) == PAYLOADS
 
 
 def test_empty_shard(tmp_path):
@@ -110,8 +130,8 @@ def test_missing_files(shard):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"noise", np.zeros((3, 3), np.int64), np.zeros((3, 2), np.int64), np.zeros((3, 3)),
-    -np.ones((1, 3), np.int64)])
+    b"", b"noise", np.zeros((3, 4), np.int64), np.zeros((3, 2), np.int64), np.zeros((3, 4)),
+    -np.ones((1, 4), np.int64)])
 def test_bad_index(shard, content):
   index = index_path(shard)
   if isinstance(content, bytes):
@@ -130,16 +150,16 @@ def test_position_out_of_range(shard, position):
 
 def test_the_sums_of_features_are_those_of_the_records(tmp_path):
   sums = [FeatureSums(10, 2, 3.0, 0.5, 1.9), FeatureSums(20, 3, 1e16, 0.25, 2.8), FeatureSums(0, 0, 1.0, 0.0, 0.0)]
-  info = write_shard(tmp_path / "shard", [(b"payload", 1, part) for part in sums])
+  info = write_shard(tmp_path / "shard", [ShardItem(b"payload", 1, 1, part) for part in sums])
   assert (info.feature_bytes, info.feature_rows, info.squared_errors) == (30, 5, 0.75)
   assert info.squared_values == 1e16 + 4  # adding one after the other in float64 gives 1e16 + 2
 
 
 def test_an_interrupted_shard_is_not_visible(tmp_path):
-  def items():
-    yield b"one", 1
+  def interrupted():
+    yield ShardItem(b"one", 1, 1)
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    write_shard(tmp_path / "shard", items())
+    write_shard(tmp_path / "shard", interrupted())
   assert not (tmp_path / "shard").exists() and not index_path(tmp_path / "shard").exists()

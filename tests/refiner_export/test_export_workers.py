@@ -27,11 +27,11 @@ from refiner_export.export.shard import export_shard
 from refiner_export.common.unfinished import remove_abandoned, unfinished_path
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHARDS = 5  # of one picture; one of them is empty
+SHARDS = 5  # each of one picture; one shard is empty, because its picture cannot be read
 
 
 def digests(directory):
-  """Of every file, hidden ones too."""
+  """File name -> hash, hidden files included."""
   return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in pathlib.Path(directory).iterdir()}
 
 
@@ -113,7 +113,7 @@ def test_a_shard_is_made_once_and_described(coco, single, tmp_path, make, monkey
   assert export_shard(config, 1).sha256 == digests(single)[info.file.replace("-00003-", "-00001-")]
   monkeypatch.setattr(pipeline, "refine_read", None)
   assert export_shard(config, 3) == info
-  with pytest.raises(UserError, match="shard .0. is not finished"):
+  with pytest.raises(UserError, match="shard 0 is not finished"):
     finalise(read_plan(config))
 
 
@@ -136,7 +136,7 @@ def get_config():
 
 
 def test_another_process_completed_the_export_meanwhile(coco, single, tmp_path, make):
-  """Its reports are gone then: what the manifest says counts."""
+  """The reports of the shards are gone by then, and the manifest counts instead."""
   config = make(coco, tmp_path / "out", records_per_shard=1)
 
   def late(plan, numbers):
@@ -165,7 +165,7 @@ def test_counts_that_do_not_add_up_are_noticed(coco, single, tmp_path, make, cap
   plan = read_plan(config)
   report = shard.report_path(plan, 3)
   report.write_text(report.read_text().replace('"reason"', '"why"').replace('"skipped": [', '"skipped": [{}, '))
-  with pytest.raises(RecordError, match="00003-of-00005: 0 records and 2 skipped pictures, 1 planned"):
+  with pytest.raises(RecordError, match="00003-of-00005: 0 records and 2 skipped examples, 1 planned"):
     shard.read_report(plan, 3)
   shard.report_path(plan, 2).write_text("{")
   with pytest.raises(RecordError, match="not a report of a shard"):

@@ -1,4 +1,4 @@
-"""The neural refiner's models at a size for tests, with random weights, as their checkpoints lie on disk."""
+"""Models of the neural refiner at a size for tests, with random weights, and their checkpoints on disk."""
 
 import pathlib
 
@@ -13,7 +13,7 @@ TINY_QUERIES, TINY_BUDGET = 30, 16
 def tiny_grounding_dino(
     directory: pathlib.Path, queries: int = TINY_QUERIES, budget: int = TINY_BUDGET,
 ) -> pathlib.Path:
-  """A Grounding-DINO of one to three layers, with this many queries and tokens in a caption, and its tokenizer."""
+  """Saves a Grounding-DINO of one to three layers and its tokenizer. `budget` is the number of tokens in a caption."""
   config = GroundingDinoConfig(
       backbone_config=SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
                                  image_size=64, out_indices=[2, 3, 4]).to_dict(),
@@ -24,7 +24,7 @@ def tiny_grounding_dino(
   model = GroundingDinoForObjectDetection(config)
   randomise(model, seed=0)
   with torch.no_grad():
-    for layer in model.model.encoder.layers:  # else every query is sure of every token
+    for layer in model.model.encoder.layers:  # otherwise every query is sure of every token
       layer.text_enhancer_layer.layer_norm_after.weight *= 0.1
     model.model.encoder_output_bbox_embed.layers[-1].weight *= 8  # so that some boxes touch the border
   model.save_pretrained(directory)
@@ -33,14 +33,14 @@ def tiny_grounding_dino(
 
 
 def tiny_tokenizer() -> BertTokenizer:
-  """Few words, at the numbers that bert-base-uncased gives to the tokens which the model knows by number."""
+  """A tokenizer of few words. The special tokens have the numbers that they have in bert-base-uncased."""
   placed = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}
   placed |= dict(enumerate(GROUNDING_DINO_WORDS, start=1030))
   return BertTokenizer(vocab={placed.get(number, f"[unused{number}]"): number for number in range(max(placed) + 1)})
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-  """Gives each parameter values that matter: those of a new model leave boxes and attention where they are."""
+  """Fills the parameters with random values. With the values of a new model, boxes and attention hardly change."""
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The neural refiner at a size for tests: three networks with random weights, in the files that are published."""
+"""The neural refiner at a size for tests: three networks with random weights, in files of the published form."""
 
 import pathlib
 
@@ -31,7 +31,7 @@ def tiny_ram_plus_size():
 
 @pytest.fixture(scope="module")
 def one_thread():
-  """Threads that wait for each other take longer than models this small."""
+  """For models this small, threads that wait for each other take longer than the models."""
   threads = torch.get_num_threads()
   torch.set_num_threads(1)
   yield
@@ -42,13 +42,14 @@ def tiny_refiner(
     folder: pathlib.Path, queries: int = TINY_QUERIES, budget: int = TINY_BUDGET, tag_threshold: float = 0.5,
     **detector,
 ) -> NeuralRefiner:
-  """Settings that name the files, which are written into the folder; every network takes two pictures at once.
+  """Writes the files into the folder and returns the settings. Every network takes two pictures at once.
 
   Args:
-    folder: to write into.
-    queries, budget: of the detector: rows, and tokens in a caption.
-    tag_threshold: of every tag.
-    detector: other settings of the detector than those for pictures of 64 pixels.
+    folder: where the files go.
+    queries: rows of the detector.
+    budget: tokens in a caption of the detector.
+    tag_threshold: the threshold of every tag.
+    detector: settings of the detector that replace those for pictures of 64 pixels.
   """
   torch.save({"model": _ram_plus_weights()}, folder / "ram_plus.pth")
   (folder / "tags.txt").write_text("\n".join(TAGS) + "\n")
@@ -64,9 +65,9 @@ def tiny_refiner(
 
 
 def _ram_plus_weights() -> dict[str, torch.Tensor]:
-  """By the official names."""
+  """Random weights by the official names."""
   model = RamPlusModel(_RAM_PLUS)
   randomise(model, seed=0)
   with torch.no_grad():
-    model.fc.weight *= 8  # else every score is near one half
+    model.fc.weight *= 8  # otherwise every score is near one half
   return {name.replace("tagging_head", "vision_multi"): tensor for name, tensor in model.state_dict().items()}

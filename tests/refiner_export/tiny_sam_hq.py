@@ -1,4 +1,4 @@
-"""A SAM-HQ with a thin encoder of two layers for 128 pixels, random weights, in both forms of a checkpoint."""
+"""A SAM-HQ with a thin encoder of two layers for 128 pixels, with random weights, in both forms of a checkpoint."""
 
 import pathlib
 import re
@@ -9,7 +9,7 @@ from transformers import SamHQConfig, SamHQModel
 
 SIDE, GRID, WIDTH = 128, 8, 32
 
-# transformers' modules -> the official ones, written from the official package's modules
+# Names in transformers -> official names. This table was written from the modules of the official package.
 _OFFICIAL = [
     (r"^vision_encoder\.neck\.conv(\d)", lambda m: f"image_encoder.neck.{2 * int(m[1]) - 2}"),
     (r"^vision_encoder\.neck\.layer_norm(\d)", lambda m: f"image_encoder.neck.{2 * int(m[1]) - 1}"),
@@ -33,14 +33,14 @@ _OFFICIAL = [
 
 
 def weights() -> dict[str, torch.Tensor]:
-  """Random tensors by transformers' names, all of a size that makes them matter."""
+  """Random tensors by the names of transformers. They are so large that every tensor changes the results."""
   size = {"image_size": SIDE}
   with torch.device("meta"):
     model = SamHQModel(SamHQConfig(
         vision_config=size | {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "window_size": 3,
                               "global_attn_indexes": [1]},
         prompt_encoder_config=size, mask_decoder_config={"vit_dim": WIDTH}))
-  random = torch.Generator().manual_seed(11)  # one whose masks are neither empty nor full
+  random = torch.Generator().manual_seed(11)  # this seed gives masks that are neither empty nor full
   drawn = {}
   for name, parameter in model.named_parameters():
     values = torch.randn(parameter.shape, generator=random)
@@ -55,11 +55,11 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 def official(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-  """The same under the official names."""
+  """The same tensors under the official names."""
   renamed = {}
   for name, tensor in tensors.items():
-    for pattern, theirs in _OFFICIAL:
-      name = re.sub(pattern, theirs, name)
+    for pattern, replacement in _OFFICIAL:
+      name = re.sub(pattern, replacement, name)
     renamed[name] = tensor
   return renamed
 

@@ -1,21 +1,23 @@
-"""A visual refiner without a neural network: objects from the annotations, features from gradients and colours.
+"""A visual refiner without a neural network: objects come from annotations, features from gradients and colours.
 
-It needs no weights and no accelerator, so the whole system can be tried on any machine. It keeps the form of the neural
-refiner: a fixed number of detector rows that cover the picture, objects first, and one mask feature per object.
+It needs no weights and no accelerator, so the whole system can be tried on any machine. Its outputs have the form of
+the neural refiner's: a fixed number of detector rows that cover the picture, objects first, and one mask feature per
+object.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
-from refiner_export.refiners.classical import descriptor
-from refiner_export.refiners.base import Detections, Picture, RefinerSettings, Segments, Tags
+from refiner_export.common import boxes as box_math
 from refiner_export.common.settings import require
+from refiner_export.refiners.base import Detections, RefinerSettings, Segments, Tags, UprightPicture
+from refiner_export.refiners.classical import descriptor
 from refiner_export.sources.base import SourceObject
 
-_VERSION = 1  # to be raised whenever the same picture would give other features
+_VERSION = 1  # raise it whenever the same picture would give other features
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -23,7 +25,7 @@ class ClassicalRefiner(RefinerSettings):
   """Descriptors of annotated objects and of a regular grid.
 
   Attributes:
-    grid: cells along a side; the detector gives grid * grid rows, 900 by default as Grounding-DINO does.
+    grid: cells along a side. The detector gives grid * grid rows; the default gives 900, as Grounding-DINO does.
   """
   grid: int = 30
 
@@ -34,7 +36,7 @@ class ClassicalRefiner(RefinerSettings):
     return {"name": "classical", "version": _VERSION, "patch": descriptor.PATCH, **dataclasses.asdict(self)}
 
   def build(self) -> "ClassicalRefiner":
-    """Itself: there is nothing to load."""
+    """Returns itself, because there is nothing to load."""
     return self
 
   @property
@@ -51,18 +53,21 @@ class ClassicalRefiner(RefinerSettings):
 
 
 class AnnotationTagger:
-  """Tags are those of the annotations, each once, with score 1."""
+  """Gives the tags of the annotations, every tag once, with score 1."""
 
-  def tag(self, pictures: Sequence[Picture]) -> list[Tags]:
-    names = [tuple(dict.fromkeys(thing.tag for thing in picture.objects)) for picture in pictures]
-    return [Tags(found, np.ones(len(found), np.float32)) for found in names]
+  def tag(self, pictures: Sequence[UprightPicture]) -> list[Tags]:
+    tags = []
+    for picture in pictures:
+      names = tuple(dict.fromkeys(annotation.tag for annotation in picture.objects))
+      tags.append(Tags(names, np.ones(len(names), np.float32)))
+    return tags
 
 
 class GridDetector:
-  """Objects are those annotations whose tag was found; rows are the objects, then the grid's cells, row by row.
+  """Gives `grid * grid` rows per picture: first the objects, then the cells of the grid, row by row.
 
-  There are always `grid * grid` rows. Each object takes the row of the free cell nearest to its centre, so that what
-  falls out is covered by the object instead.
+  The objects are the annotations whose tag was found. Each object takes the row of the free cell nearest to its
+  centre, so that the object covers the place of the cell that has no row.
   """
 
   def __init__(self, grid: int):
@@ -72,24 +77,37 @@ class GridDetector:
     centres, sizes = [x + 0.5 / grid, y + 0.5 / grid], np.full((2, grid, grid), 1 / grid)
     self._cells = np.stack([*centres, *sizes], axis=-1).reshape(-1, 4)  # cxcywh
 
-  def detect(self, pictures: Sequence[Picture], tags: Sequence[Tags]) -> list[Detections]:
-    return [self._detect(picture, dict(zip(found.names, found.scores))) for picture, found in zip(pictures, tags)]
+  def detect(self, pictures: Sequence[UprightPicture], tags: Sequence[Tags]) -> list[Detections]:
+    detections = []
+    for picture, found in zip(pictures, tags):
+      detections.append(self._detect(picture, dict(zip(found.names, found.scores))))
+    return detections
 
-  def _detect(self, picture: Picture, score_of: dict[str, float]) -> Detections:
+  def _detect(self, picture: UprightPicture, score_of: Mapping[str, float]) -> Detections:
     objects = annotated(picture, score_of)[:self.rows]
-    boxes = np.array([thing.box for thing in objects], np.float32).reshape(-1, 4)
-    centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    free = self._free_cells(centres)
+    boxes = np.array([found.box for found in objects], np.float32).reshape(-1, 4)
+    row_boxes = box_math.to_cxcywh(boxes)
+    free = self._free_cells(row_boxes[:, :2])
     canvas = descriptor.make_canvas(picture.image, self.grid)
-    regions = [descriptor.cut_region(canvas, box) for box in boxes]
+    patches = []
+    for box in boxes:
+      patches.append(descriptor.cut_region(canvas, box))
+    patches.extend(descriptor.cut_grid(canvas)[free])
+    tags = tuple(found.tag for found in objects)
     return Detections(
-        tags=tuple(thing.tag for thing in objects), boxes=boxes,
-        scores=np.array([score_of[thing.tag] for thing in objects], np.float32),
-        row_features=descriptor.describe([*regions, *descriptor.cut_grid(canvas)[free]]),
-        row_boxes=np.concatenate([np.concatenate([centres, sizes], axis=1), self._cells[free]]).astype(np.float32))
+        tags=tags, boxes=boxes, scores=np.array([score_of[tag] for tag in tags], np.float32),
+        row_features=descriptor.describe(patches),
+        row_boxes=np.concatenate([row_boxes, self._cells[free]]).astype(np.float32))
 
   def _free_cells(self, centres: np.ndarray) -> np.ndarray:
-    """bool (rows,): the cells that keep their row when objects with these centres, (K, 2), have taken theirs."""
+    """The cells that keep their row after objects have taken theirs.
+
+    Args:
+      centres: (K, 2), of the objects.
+
+    Returns:
+      bool (rows,).
+    """
     free = np.ones(self.rows, bool)
     for centre in centres:
       distance = np.square(self._cells[:, :2] - centre).sum(axis=1)
@@ -98,36 +116,47 @@ class GridDetector:
 
 
 class MaskDescriber:
-  """The descriptor of each object with what lies outside its mask painted in the mask's mean colour.
+  """Gives the descriptor of each object, after all pixels outside the mask got the mean colour of the mask.
 
-  Detections must come from `GridDetector`, whose objects are the picture's annotations in the same order.
+  The detections must come from `GridDetector`, which keeps the order of the annotations.
   """
 
   def __init__(self, grid: int):
     self.grid = grid
 
-  def segment(self, pictures: Sequence[Picture], detections: Sequence[Detections]) -> list[Segments]:
-    return [self._segment(picture, found) for picture, found in zip(pictures, detections)]
+  def segment(self, pictures: Sequence[UprightPicture], detections: Sequence[Detections]) -> list[Segments]:
+    segments = []
+    for picture, found in zip(pictures, detections):
+      segments.append(self._segment(picture, found))
+    return segments
 
-  def _segment(self, picture: Picture, found: Detections) -> Segments:
+  def _segment(self, picture: UprightPicture, found: Detections) -> Segments:
     canvas = descriptor.make_canvas(picture.image, self.grid)
     objects = annotated(picture, dict(zip(found.tags, found.scores)))
-    regions = [_masked_region(canvas, box, thing.mask) for box, thing in zip(found.boxes, objects)]
-    areas = (found.boxes[:, 2:] - found.boxes[:, :2]).prod(axis=1)  # of the boxes: not every object has a mask
+    regions = []
+    for box, annotation in zip(found.boxes, objects):
+      regions.append(_masked_region(canvas, box, annotation.mask))
+    areas = box_math.area(found.boxes)  # areas of boxes, because some objects have no mask
     return Segments(descriptor.describe(regions), np.ones(len(regions), np.float32), areas, ())
 
 
-def annotated(picture: Picture, score_of: dict[str, float]) -> list[SourceObject]:
-  """The picture's objects whose tag has a score, in descending score; equal scores keep the annotations' order."""
-  return sorted((thing for thing in picture.objects if thing.tag in score_of), key=lambda thing: -score_of[thing.tag])
+def annotated(picture: UprightPicture, score_of: Mapping[str, float]) -> list[SourceObject]:
+  """The objects of a picture whose tag has a score, in descending score. Equal scores keep the annotations' order."""
+  scored = [found for found in picture.objects if found.tag in score_of]
+  return sorted(scored, key=lambda found: -score_of[found.tag])
 
 
 def _masked_region(canvas: Image.Image, box: np.ndarray, mask: Callable[[], np.ndarray] | None) -> np.ndarray:
-  """uint8 (PATCH, PATCH, 3): the region with everything outside the mask in the mean colour of what lies inside."""
+  """The region of a box, with the mean colour of the mask in all pixels outside the mask.
+
+  Returns:
+    uint8 (PATCH, PATCH, 3). The plain region when there is no mask, or when the mask is thinner than a pixel.
+  """
   patch = descriptor.cut_region(canvas, box)
   if mask is None:
     return patch
   inside = descriptor.cut_region(Image.fromarray(mask()).convert("L"), box) >= 128
-  if inside.any():  # a mask thinner than a pixel of the patch says nothing
-    patch = np.where(inside[..., None], patch, np.rint(patch[inside].mean(axis=0)).astype(np.uint8))
-  return patch
+  if not inside.any():
+    return patch
+  colour = np.rint(patch[inside].mean(axis=0)).astype(np.uint8)
+  return np.where(inside[..., None], patch, colour)

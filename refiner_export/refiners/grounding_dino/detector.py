@@ -1,51 +1,54 @@
-"""Grounding-DINO as the detector: boxes of the tags, and a row of features for each of its 900 queries.
+"""Grounding-DINO as the detector: boxes of the tags, and one row of features for each of its 900 queries.
 
-A picture's tags become one caption, or several where they exceed the text encoder's 256 tokens; each caption is one
-pass of the model. In a pass, a query's score for a tag is the highest of its scores for the tag's tokens, and the tag
-with the highest of these is the query's tag: labels are never pieced together from tokens. A query is an object when
+The tags of a picture become one caption, or several captions when they exceed the 256 tokens of the text encoder. The
+model runs once per caption. In one run, the score of a query for a tag is its highest score for a token of this tag.
+The query gets the tag with the highest score. So a label is always a whole tag, never pieced together from tokens.
+A query is an object when two conditions hold:
 
-  - its highest score for any token of the caption is over `box_threshold`, as in the original code, and
-  - its score for its tag, which becomes the object's score, is over `text_threshold`.
+  - Its highest score for any token of the caption exceeds `box_threshold`, as in the original code.
+  - Its score for its tag exceeds `text_threshold`. This score becomes the score of the object.
 
-Objects of all passes together go through non-maximum suppression within each tag. Rows come from the first caption,
-that of the best tags, and are in descending order of the query's highest score for any token.
+The objects of all captions of a picture go through non-maximum suppression together, separately for each tag. The rows
+come from the first caption, which has the best tags. They are in descending order of the query's highest score for any
+token.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 from transformers import BertTokenizer
 
-from refiner_export.refiners.base import Detections, Picture, Tags
-from refiner_export.refiners.checkpoints import sha256
-from refiner_export.refiners.compute import Compute
+from refiner_export.common.boxes import to_xyxy
+from refiner_export.common.settings import Settings, require
+from refiner_export.common.weight_files import sha256
+from refiner_export.refiners.base import Detections, Tags, UprightPicture
+from refiner_export.refiners.compute import Compute, normalise
 from refiner_export.refiners.grounding_dino.image import DetectorImage
 from refiner_export.refiners.grounding_dino.model import load_official, load_pretrained
-from refiner_export.refiners.grounding_dino.nms import classwise_nms
 from refiner_export.refiners.grounding_dino.tag_caption import VOCABULARY_REMEDY, Caption, Captioner, load_tokenizer
-from refiner_export.common.settings import Settings, require
 
-_VERSION = 1  # to be raised whenever the same picture would give other features
+_VERSION = 1  # raise it whenever the same picture would give other features
 _REMEDY = ("Name the file groundingdino_swint_ogc.pth of the GroundingDINO project's release (IDEA-Research), or a "
            "directory in Hugging Face's form such as IDEA-Research/grounding-dino-tiny")
-_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of RGB in 0 to 255
+_SHARES = "box_threshold", "text_threshold", "max_iou"  # settings that lie in [0, 1]
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class GroundingDino(Settings):
-  """Grounding-DINO-T, or another size in Hugging Face's form.
+  """Settings of Grounding-DINO-T, or of another size in Hugging Face's form.
 
   Attributes:
     checkpoint: the official .pth file, or a directory in Hugging Face's form.
-    tokenizer: a directory with the vocabulary of bert-base-uncased; None when that is in the checkpoint's directory.
-    box_threshold: what an object's highest score for any token must exceed.
-    text_threshold: what an object's score for its tag must exceed.
-    max_iou: of two objects of one tag that overlap by more than this, the worse is dropped.
-    shortest: the shorter side in pixels of what the model sees,
-    longest: as long as the longer side does not exceed this.
+    tokenizer: a directory with the vocabulary of bert-base-uncased. None when the checkpoint's directory has it.
+    box_threshold: the highest score of an object for any token must exceed this.
+    text_threshold: the score of an object for its tag must exceed this.
+    max_iou: when two objects of one tag overlap by more than this, the object with the lower score is dropped.
+    shortest: pixels of the shorter side of the model's input.
+    longest: the most pixels of its longer side. The shorter side shrinks with it.
     batch: pictures of one size in one pass.
   """
   checkpoint: str
@@ -57,8 +60,11 @@ class GroundingDino(Settings):
   longest: int = 1333
   batch: int = 8
 
+  NAME: ClassVar[str] = "grounding_dino"  # in descriptions
+  FILES: ClassVar[tuple[str, ...]] = ("checkpoint", "tokenizer")  # fields that name files
+
   def check(self, path: str) -> None:
-    for name in ("box_threshold", "text_threshold", "max_iou"):
+    for name in _SHARES:
       require(0 <= getattr(self, name) <= 1, f"{path}.{name}: expected 0 to 1, got {getattr(self, name)}")
     require(32 <= self.shortest <= self.longest,
             f"{path}: expected 32 <= shortest <= longest pixels, got {self.shortest} and {self.longest}")
@@ -76,11 +82,13 @@ class GroundingDino(Settings):
     return GroundingDinoDetector(model, tokenizer, self, compute)
 
   def describe(self) -> dict:
-    """What decides the result; digests are those of the files."""
-    files = {**self._checkpoint_files, "tokenizer": self._tokenizer_file}
-    deciding = "box_threshold", "text_threshold", "max_iou", "shortest", "longest"
-    return {"name": "grounding_dino", "version": _VERSION, **{role: sha256(file) for role, file in files.items()},
-            **{name: getattr(self, name) for name in deciding}}
+    """Everything that decides the detections. A file is described by its digest."""
+    described = {"name": self.NAME, "version": _VERSION}
+    for role, file in {**self._checkpoint_files, "tokenizer": self._tokenizer_file}.items():
+      described[role] = sha256(file)
+    for name in (*_SHARES, "shortest", "longest"):
+      described[name] = getattr(self, name)
+    return described
 
   @property
   def _checkpoint_files(self) -> dict[str, pathlib.Path]:
@@ -92,17 +100,17 @@ class GroundingDino(Settings):
   @property
   def _tokenizer_file(self) -> pathlib.Path:
     directory = pathlib.Path(self.tokenizer or self.checkpoint)
-    files = directory / "tokenizer.json", directory / "vocab.txt"
-    return files[1] if files[1].exists() and not files[0].exists() else files[0]
+    whole, words = directory / "tokenizer.json", directory / "vocab.txt"
+    return words if words.exists() and not whole.exists() else whole
 
 
 class GroundingDinoDetector:
   """Finds tags in pictures; see `Detector`.
 
   Attributes:
-    rows: how many queries the model has.
-    prepare: makes the model's input of a picture, uint8 (H, W, 3). It holds nothing of the model and can be sent to
-      other processes.
+    rows: number of queries of the model.
+    prepare: makes the model's input from a picture, uint8 (H, W, 3). It does not refer to the model, so that it can be
+      sent to other processes.
   """
 
   def __init__(self, model: torch.nn.Module, tokenizer: BertTokenizer, settings: GroundingDino, compute: Compute):
@@ -112,68 +120,121 @@ class GroundingDinoDetector:
     self.captioner = Captioner(tokenizer, model.config.max_text_len)
     self.settings, self.compute, self.model = settings, compute, compute.place(model)
 
-  def detect(self, pictures: Sequence[Picture], tags: Sequence[Tags]) -> list[Detections]:
+  def detect(self, pictures: Sequence[UprightPicture], tags: Sequence[Tags]) -> list[Detections]:
     """The objects and rows of each picture. A picture without tags has rows and no objects."""
     return self.detect_prepared([self.prepare(picture.image) for picture in pictures], tags)
 
   @torch.inference_mode()
   def detect_prepared(self, prepared: Sequence[np.ndarray], tags: Sequence[Tags]) -> list[Detections]:
-    """As `detect`, of pictures that `prepare` has been over."""
-    captions = [self.captioner.captions(found.names) for found in tags]
-    passes = [(index, caption) for index, of_picture in enumerate(captions) for caption in of_picture]
-    found: list[Detections | None] = [None] * len(passes)
-    for positions, pixels in self.compute.batches([prepared[index] for index, _ in passes], self.settings.batch):
-      for position, detections in zip(positions, self._run(pixels, [passes[position][1] for position in positions])):
-        found[position] = detections
-    remaining = iter(found)
-    return [self._merge([next(remaining) for _ in of_picture]) for of_picture in captions]
+    """As `detect`, for the outputs of `prepare`."""
+    inputs, captions, picture_of = [], [], []  # one entry per caption
+    for index, found in enumerate(tags):
+      for caption in self.captioner.captions(found.names):
+        inputs.append(prepared[index])
+        captions.append(caption)
+        picture_of.append(index)
+    found: list[Detections | None] = [None] * len(captions)
+    for positions, pixels in self.compute.batches(inputs, self.settings.batch):
+      detections = self._run(pixels, [captions[position] for position in positions])
+      for position, detected in zip(positions, detections):
+        found[position] = detected
+    per_picture: list[list[Detections]] = [[] for _ in prepared]
+    for index, detected in zip(picture_of, found):
+      per_picture[index].append(detected)
+    return [self._merge(detections) for detections in per_picture]
 
   def _run(self, pixels: torch.Tensor, captions: Sequence[Caption]) -> list[Detections]:
-    """One pass over uint8 (B, H, W, 3) with a caption each; of objects that overlap none is dropped yet."""
+    """Runs the model once. Objects that overlap are all kept.
+
+    Args:
+      pixels: uint8 (B, H, W, 3).
+      captions: B captions, one per picture.
+    """
     ids, mask, owners = (tensor.to(pixels.device) for tensor in self.captioner.pad(captions))
-    colour = lambda values: torch.tensor(values, device=pixels.device)
-    normalised = ((pixels - colour(_MEAN)) / colour(_STD)).permute(0, 3, 1, 2)
-    if self.compute.compile:  # a graph per size is traced in seconds, one for all sizes in minutes
-      torch._dynamo.mark_static(normalised, 2)
-      torch._dynamo.mark_static(normalised, 3)
+    images = normalise(pixels)
+    if self.compute.compile:  # torch traces a graph for one size in seconds, a graph for all sizes in minutes
+      torch._dynamo.mark_static(images, 2)
+      torch._dynamo.mark_static(images, 3)
     with self.compute.autocast():
-      hidden, logits, boxes = self.model(normalised, ids, mask)
+      hidden, logits, boxes = self.model(images, ids, mask)
     scores, tags = best_per_tag(logits, owners).max(dim=2)
     token_scores, order = logits.amax(dim=2).sort(dim=1, descending=True, stable=True)
-    ordered = [torch.take_along_dim(tensor, order.view(*order.shape, *[1] * (tensor.dim() - 2)), dim=1)
-               for tensor in (hidden, boxes, scores.sigmoid(), tags)]
-    arrays = [tensor.cpu().numpy() for tensor in (*ordered, token_scores.sigmoid())]
-    return [self._describe(caption, *of_picture) for caption, *of_picture in zip(captions, *arrays)]
+    arrays = []
+    for tensor in (hidden, boxes, scores.sigmoid(), tags):
+      ones = [1] * (tensor.dim() - 2)
+      arrays.append(torch.take_along_dim(tensor, order.view(*order.shape, *ones), dim=1).cpu().numpy())
+    arrays.append(token_scores.sigmoid().cpu().numpy())
+    return [self._describe(caption, *rows) for caption, *rows in zip(captions, *arrays)]
 
   def _describe(
       self, caption: Caption, rows: np.ndarray, boxes: np.ndarray, scores: np.ndarray, tags: np.ndarray,
       token_scores: np.ndarray,
   ) -> Detections:
-    """One picture of a pass, its queries in descending `token_scores`."""
-    corners = np.clip(np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1), 0, 1)
+    """The detections of one caption. All arrays have one entry per query, in descending `token_scores`."""
+    corners = np.clip(to_xyxy(boxes), 0, 1)
     chosen = (token_scores > self.settings.box_threshold) & (scores > self.settings.text_threshold)
     chosen &= (corners[:, 2:] > corners[:, :2]).all(axis=1)
     return Detections(tuple(caption.tags[tag] for tag in tags[chosen]), corners[chosen], scores[chosen], rows, boxes)
 
-  def _merge(self, passes: Sequence[Detections]) -> Detections:
-    """One picture's objects of all passes, each object once, with the rows of the first pass."""
-    tags = [tag for found in passes for tag in found.tags]
-    boxes, scores = (np.concatenate([getattr(found, name) for found in passes]) for name in ("boxes", "scores"))
-    numbers = {tag: number for number, tag in enumerate(dict.fromkeys(tags))}
-    classes = torch.tensor([numbers[tag] for tag in tags], dtype=torch.long)
-    kept = classwise_nms(torch.from_numpy(boxes), torch.from_numpy(scores), classes, self.settings.max_iou).numpy()
-    return dataclasses.replace(passes[0], tags=tuple(tags[k] for k in kept), boxes=boxes[kept], scores=scores[kept])
+  def _merge(self, found: Sequence[Detections]) -> Detections:
+    """One picture: the objects of all captions, each object once, and the rows of the first caption."""
+    tags, classes = [], []
+    numbers: dict[str, int] = {}  # a number for each tag
+    for detections in found:
+      for tag in detections.tags:
+        tags.append(tag)
+        classes.append(numbers.setdefault(tag, len(numbers)))
+    boxes = np.concatenate([detections.boxes for detections in found])
+    scores = np.concatenate([detections.scores for detections in found])
+    kept = classwise_nms(torch.from_numpy(boxes), torch.from_numpy(scores), torch.tensor(classes, dtype=torch.long),
+                         self.settings.max_iou).numpy()
+    return dataclasses.replace(found[0], tags=tuple(tags[k] for k in kept), boxes=boxes[kept], scores=scores[kept])
 
 
 def best_per_tag(logits: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
-  """The highest logit among each tag's tokens.
+  """The highest logit among the tokens of each tag.
 
   Args:
     logits: (B, N, T), query against token.
-    owners: int64 (B, T), 0 for a token of no tag, else 1 + which tag it belongs to.
+    owners: int64 (B, T), 0 for a token of no tag, otherwise 1 + the number of the tag.
 
   Returns:
-    (B, N, T - 1), of which as many columns count as there are tags; -inf elsewhere.
+    (B, N, T - 1): column k belongs to tag k. Columns beyond the last tag are -inf.
   """
-  lowest = torch.full_like(logits, float("-inf"))  # as wide as the caption: [CLS] and [SEP] are more than one spare
+  # T columns are enough for column 0 and all tags, because [CLS] and [SEP] are tokens of no tag.
+  lowest = torch.full_like(logits, float("-inf"))
   return lowest.scatter_reduce(2, owners[:, None].expand_as(logits), logits, "amax")[:, :, 1:]
+
+
+def classwise_nms(
+    boxes: torch.Tensor, scores: torch.Tensor, classes: torch.Tensor, max_iou: float,
+) -> torch.Tensor:
+  """Non-maximum suppression: drops a box when a kept box of its class with a higher score overlaps it too much.
+
+  Args:
+    boxes: (K, 4) xyxy.
+    scores: (K,). Of two equal scores the earlier one counts as the higher one.
+    classes: (K,) integers.
+    max_iou: the largest intersection over union of two boxes that are different objects.
+
+  Returns:
+    int64 positions of the kept boxes, in descending score.
+  """
+  order = scores.argsort(descending=True, stable=True)
+  boxes, classes = boxes[order], classes[order]
+  rivals = (_pairwise_iou(boxes) > max_iou) & (classes[:, None] == classes)
+  kept = torch.ones_like(order, dtype=torch.bool)
+  for rank in range(len(order)):
+    if kept[rank]:
+      kept[rank + 1:] &= ~rivals[rank, rank + 1:]
+  return order[kept]
+
+
+def _pairwise_iou(boxes: torch.Tensor) -> torch.Tensor:
+  """(K, 4) xyxy -> (K, K), the intersection over union of every pair, in the precision of the boxes."""
+  low = torch.maximum(boxes[:, None, :2], boxes[:, :2])
+  high = torch.minimum(boxes[:, None, 2:], boxes[:, 2:])
+  shared = (high - low).clamp(min=0).prod(dim=-1)
+  areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=-1)
+  # The clamp keeps two boxes without area from dividing zero by zero.
+  return shared / (areas[:, None] + areas - shared).clamp(min=torch.finfo(boxes.dtype).tiny)

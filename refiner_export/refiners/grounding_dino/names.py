@@ -1,7 +1,7 @@
-"""Names of parameters: from the official Grounding-DINO checkpoint to those that transformers' checkpoints carry.
+"""Names of parameters: from the official Grounding-DINO checkpoint to the checkpoints of transformers.
 
-The right-hand names are those of files on disk (`IDEA-Research/grounding-dino-tiny`). transformers maps them to its
-modules, whose names change between its versions; these do not.
+The names on the right-hand side are the names in files such as `IDEA-Research/grounding-dino-tiny`. transformers maps
+them to its modules. The names of modules change between versions of transformers; the names in files do not.
 """
 
 import os
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from refiner_export.common.settings import require
+from refiner_export.refiners.checkpoints import insert_numbers, prefix_pattern
 
 _SWIN = "model.backbone.conv_encoder.model"
 _BLOCK, _SWIN_BLOCK = "backbone.0.layers.*.blocks.*", f"{_SWIN}.encoder.layers.*.blocks.*"
@@ -21,11 +22,12 @@ def _query_key_value(prefix: str) -> tuple[str, str, str]:
   return f"{prefix}.query", f"{prefix}.key", f"{prefix}.value"
 
 
-# What a name begins with, in whole parts, where `*` is a number; the rest of the name stays. Three names share a matrix
-# that is cut along its first axis. None: not a weight of the detector. The first line that fits counts.
+# The beginning of an official name, in whole parts -> the beginning of the new name. The rest of a name stays. `*` is a
+# number. With three new names, the matrix is cut into three along its first axis. None means that the detector does not
+# need the weight. The first line that fits counts.
 _TABLE: dict[str, str | tuple[str, str, str] | None] = {
-    "label_enc": None,                  # only used while the model was trained
-    "bert.pooler": None,                # a sentence vector that nothing reads
+    "label_enc": None,  # only training uses it
+    "bert.pooler": None,  # makes a sentence vector that nothing reads
     "bert.embeddings.position_ids": None,
     "transformer.decoder.bbox_embed": None,  # the same tensors as bbox_embed
 
@@ -34,14 +36,14 @@ _TABLE: dict[str, str | tuple[str, str, str] | None] = {
     f"{_BLOCK}.norm1": f"{_SWIN_BLOCK}.layernorm_before",
     f"{_BLOCK}.attn.qkv": _query_key_value(f"{_SWIN_BLOCK}.attention.self"),
     f"{_BLOCK}.attn.relative_position_bias_table": f"{_SWIN_BLOCK}.attention.self.relative_position_bias_table",
-    # Not learned; transformers' earlier versions want it, later ones compute it.
+    # This table is not learned. Earlier versions of transformers read it, later ones compute it.
     f"{_BLOCK}.attn.relative_position_index": f"{_SWIN_BLOCK}.attention.self.relative_position_index",
     f"{_BLOCK}.attn.proj": f"{_SWIN_BLOCK}.attention.output.dense",
     f"{_BLOCK}.norm2": f"{_SWIN_BLOCK}.layernorm_after",
     f"{_BLOCK}.mlp.fc1": f"{_SWIN_BLOCK}.intermediate.dense",
     f"{_BLOCK}.mlp.fc2": f"{_SWIN_BLOCK}.output.dense",
     "backbone.0.layers.*.downsample": f"{_SWIN}.encoder.layers.*.downsample",
-    "backbone.0.norm1": f"{_SWIN}.hidden_states_norms.stage2",  # one counts stages from 0, the other from 1
+    "backbone.0.norm1": f"{_SWIN}.hidden_states_norms.stage2",  # transformers counts stages from 1
     "backbone.0.norm2": f"{_SWIN}.hidden_states_norms.stage3",
     "backbone.0.norm3": f"{_SWIN}.hidden_states_norms.stage4",
     "input_proj": "model.input_proj_vision",
@@ -91,19 +93,18 @@ _TABLE: dict[str, str | tuple[str, str, str] | None] = {
     "transformer.decoder.ref_point_head": "model.decoder.reference_points_head",
     "bbox_embed": "bbox_embed",
 }
-_RULES = [(re.compile(re.escape(official).replace(r"\*", r"(\d+)") + r"(\..+)?"), new)
-          for official, new in _TABLE.items()]
+_RULES = [(prefix_pattern(official), new) for official, new in _TABLE.items()]
 
 
 def from_official(weights: Mapping[str, torch.Tensor], file: os.PathLike) -> dict[str, torch.Tensor]:
   """The same weights under the names of transformers' checkpoints.
 
   Args:
-    weights: as the official file has them, with or without `module.` before each name.
-    file: where they come from, for the error.
+    weights: by official names, with or without `module.` before each name.
+    file: where the weights come from, for the error.
 
   Raises:
-    UserError: names that Grounding-DINO does not have.
+    UserError: Grounding-DINO has no weights of these names.
   """
   renamed, unknown = {}, []
   for name, tensor in weights.items():
@@ -118,19 +119,14 @@ def from_official(weights: Mapping[str, torch.Tensor], file: os.PathLike) -> dic
 
 
 def _rename(name: str) -> list[str] | None:
-  """The new names, none for what is left out; None for an unknown name."""
+  """The new names of an official name, an empty list for a weight that is not needed, None for an unknown name."""
   name = re.sub(r"in_proj_(weight|bias)$", r"in_proj.\1", name)
   for pattern, new in _RULES:
     match = pattern.fullmatch(name)
     if match is None:
       continue
     *numbers, rest = match.groups(default="")
-    targets = () if new is None else (new,) if isinstance(new, str) else new
-    return [_fill(target, numbers) + rest for target in targets]
+    if isinstance(new, str):
+      new = (new,)
+    return [insert_numbers(target, numbers) + rest for target in new or ()]
   return None
-
-
-def _fill(target: str, numbers: list[str]) -> str:
-  for number in numbers:
-    target = target.replace("*", number, 1)
-  return target

@@ -1,7 +1,7 @@
-"""Tags as the captions that Grounding-DINO reads, with the place of each tag's tokens in them.
+"""Turns tags into the captions that Grounding-DINO reads, and keeps where the tokens of each tag are.
 
-A caption is `[CLS] tag . tag . tag . [SEP]` in BERT's word pieces. The full stops also part the tags from each other in
-the model's text attention, so a full stop or a question mark inside a tag is taken for a space.
+A caption is `[CLS] tag . tag . tag . [SEP]` in BERT's word pieces. The text attention of the model separates tags at
+full stops. Therefore a full stop or a question mark inside a tag is replaced by a space.
 """
 
 import dataclasses
@@ -16,18 +16,18 @@ from refiner_export.common.settings import UserError, require
 
 VOCABULARY_REMEDY = "Name a directory with tokenizer.json or vocab.txt of bert-base-uncased"
 _KNOWN_TOKENS = {"[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}  # transformers' model has these numbers built in
-_NO_TAG = "object"  # what is looked for in a picture without tags, which needs its rows all the same
+_NO_TAG = "object"  # the caption of a picture without tags, which needs feature rows too
 _DIVIDERS = re.compile(r"[.?]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-  """Some tags of a picture, as many as one pass of the model takes.
+  """Tags of a picture, at most as many as one pass of the model takes.
 
   Attributes:
     ids: token ids from [CLS] to [SEP].
-    tags: names as they were given, in their order; empty when the caption is only there for the rows.
-    spans: one (first, end) per tag: its tokens are `ids[first:end]`, without the full stop.
+    tags: the names that were given, in the same order; empty when the caption is only needed for the feature rows.
+    spans: one (first, end) per tag. The tokens of the tag are `ids[first:end]`, without the full stop.
   """
   ids: tuple[int, ...]
   tags: tuple[str, ...] = ()
@@ -35,14 +35,14 @@ class Caption:
 
 
 def load_tokenizer(file: pathlib.Path, size: int) -> BertTokenizer:
-  """The tokenizer of the directory in which this file is the vocabulary.
+  """The tokenizer of the directory that holds this file.
 
   Args:
-    file: tokenizer.json or vocab.txt.
-    size: how many tokens the model knows.
+    file: the vocabulary, tokenizer.json or vocab.txt.
+    size: number of tokens that the model knows.
 
   Raises:
-    UserError: there is none, or not one that the model was trained with.
+    UserError: there is no tokenizer, or the model was trained with another one.
   """
   try:
     tokenizer = BertTokenizer.from_pretrained(file.parent, local_files_only=True)
@@ -56,7 +56,7 @@ def load_tokenizer(file: pathlib.Path, size: int) -> BertTokenizer:
 
 
 class Captioner:
-  """Builds captions of at most `budget` tokens, [CLS] and [SEP] included."""
+  """Builds captions of at most `budget` tokens, including [CLS] and [SEP]."""
 
   def __init__(self, tokenizer: BertTokenizer, budget: int):
     self._tokenizer, self._budget = tokenizer, budget
@@ -65,29 +65,33 @@ class Captioner:
   def captions(self, tags: Sequence[str]) -> list[Caption]:
     """The captions of one picture, at least one.
 
-    Tags are taken in their order until the budget is spent, then the next caption begins: the first caption holds the
-    best tags when the best come first. A tag that is longer than a whole caption is cut to what fits; one of which no
-    token is left, such as "?", is passed over. Without any tag there is one caption that says "object" and has no tags.
+    A caption takes the next tags until its budget is spent, then the next caption begins. So the first caption has the
+    best tags when the best tags come first. A tag that is longer than a whole caption is cut to fit. A tag without
+    tokens, such as "?", is left out. Without any tag there is one caption that says "object" and has no tags.
     """
-    cuts = [(tag, tokens[:self._budget - 3]) for tag, tokens in zip(tags, self._tokens(tags)) if tokens]
-    if not cuts:
-      return [self._caption([], self._tokens([_NO_TAG]))]
-    chunks, room = [[]], self._budget - 2
-    for tag, tokens in cuts:
-      if len(tokens) + 1 > room:
-        chunks.append([])
-        room = self._budget - 2
-      chunks[-1].append((tag, tokens))
+    captions, names, spelt = [], [], []
+    room = self._budget - 2  # without [CLS] and [SEP]
+    for tag, tokens in zip(tags, self._tokens(tags)):
+      if not tokens:
+        continue
+      tokens = tokens[:self._budget - 3]
+      if len(tokens) + 1 > room:  # the tag and its full stop
+        captions.append(self._caption(names, spelt))
+        names, spelt, room = [], [], self._budget - 2
+      names.append(tag)
+      spelt.append(tokens)
       room -= len(tokens) + 1
-    return [self._caption(*zip(*chunk)) for chunk in chunks]
+    if not names:
+      return [self._caption([], self._tokens([_NO_TAG]))]
+    return [*captions, self._caption(names, spelt)]
 
   def pad(self, captions: Sequence[Caption]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A batch of captions, padded on the right to the longest.
+    """A batch of captions, padded on the right to the length of the longest caption.
 
     Returns:
       ids: int64 (B, T).
       mask: int64 (B, T), 1 for a token and 0 for padding.
-      owners: int64 (B, T), 0 for a token of no tag, else 1 + which of its caption's tags it belongs to.
+      owners: int64 (B, T), 0 for a token of no tag, otherwise 1 + the number of the tag in its caption.
     """
     length = max(len(caption.ids) for caption in captions)
     ids = torch.full((len(captions), length), self._tokenizer.pad_token_id)
@@ -100,15 +104,17 @@ class Captioner:
     return ids, mask, owners
 
   def _tokens(self, tags: Sequence[str]) -> list[list[int]]:
+    """The token ids of each tag."""
     if not tags:
       return []
     words = [_DIVIDERS.sub(" ", tag.lower()) for tag in tags]
-    # BERT splits at spaces and punctuation first, so a tag's tokens are the same alone and inside the caption.
+    # BERT splits at spaces and punctuation first, so a tag has the same tokens alone and inside a caption.
     return self._tokenizer(words, add_special_tokens=False)["input_ids"]
 
   def _caption(self, tags: Sequence[str], tokens: Sequence[Sequence[int]]) -> Caption:
+    """A caption of these tokens, one sequence per phrase. `tags` is empty when the phrase is no tag."""
     ids, spans = [self._tokenizer.cls_token_id], []
-    for of_tag in tokens:
-      spans.append((len(ids), len(ids) + len(of_tag)))
-      ids += [*of_tag, self._stop]
+    for phrase in tokens:
+      spans.append((len(ids), len(ids) + len(phrase)))
+      ids += [*phrase, self._stop]
     return Caption((*ids, self._tokenizer.sep_token_id), tuple(tags), tuple(spans[:len(tags)]))

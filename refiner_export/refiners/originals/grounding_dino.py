@@ -2,35 +2,39 @@
 
 import dataclasses
 import pathlib
+from typing import ClassVar
 from unittest import mock
 
 import torch
 from transformers import BatchEncoding, BertConfig, BertModel, BertTokenizer
 
-from refiner_export.refiners.checkpoints import fill, load_state_dict
+from refiner_export.common.settings import require
+from refiner_export.common.weight_files import load_state_dict
+from refiner_export.refiners.checkpoints import fill
 from refiner_export.refiners.compute import Compute
 from refiner_export.refiners.grounding_dino.detector import GroundingDino, GroundingDinoDetector
-from refiner_export.refiners.originals import distribution_version, load_package, require_uncompiled
 from refiner_export.refiners.grounding_dino.tag_caption import VOCABULARY_REMEDY, load_tokenizer
-from refiner_export.common.settings import require
+from refiner_export.refiners.originals import distribution_version, load_package, require_uncompiled
 
 _DISTRIBUTION = "groundingdino-py"
 _INSTALL = "Install groundingdino-py==0.4.0 in an environment of its own, as constraints-original.txt says"
 _REMEDY = "Name the file groundingdino_swint_ogc.pth of the GroundingDINO project's release (IDEA-Research)"
-_MODULES = "", ".models", ".util.slconfig", ".util.get_tokenlizer"
+_MODULES = ("groundingdino", "groundingdino.models", "groundingdino.util.slconfig",
+            "groundingdino.util.get_tokenlizer")
 _CONFIG = "config/GroundingDINO_SwinT_OGC.py"
-_UNUSED = "label_enc.weight", "bert.embeddings.position_ids"  # in the file; only for training, and a computed table
+# Tensors of the file that the package's network does not have: one for training only, and a computed table.
+_UNUSED = "label_enc.weight", "bert.embeddings.position_ids"
 
 
 @dataclasses.dataclass(unsafe_hash=True)
 class OriginalGroundingDino(GroundingDino):
-  """Grounding-DINO-T as the package groundingdino runs it.
+  """Settings of Grounding-DINO-T as the package groundingdino runs it.
 
-  Attributes are those of `GroundingDino`, but that
-
-    checkpoint: is the official .pth file.
-    tokenizer: is a directory with vocab.txt, which this package's version of transformers needs.
+  Attributes, where they differ from those of `GroundingDino`:
+    checkpoint: the official .pth file.
+    tokenizer: a directory with vocab.txt. The package's version of transformers needs this file.
   """
+  NAME: ClassVar[str] = "original_grounding_dino"
 
   def check(self, path: str) -> None:
     load_package("groundingdino.models", path, _INSTALL)
@@ -45,8 +49,8 @@ class OriginalGroundingDino(GroundingDino):
     return GroundingDinoDetector(load(self.checkpoint, tokenizer), tokenizer, self, compute)
 
   def describe(self) -> dict:
-    """As that of `GroundingDino`, with the package's version."""
-    return {**super().describe(), "name": "original_grounding_dino", "package": distribution_version(_DISTRIBUTION)}
+    """As `GroundingDino.describe`, with the version of the package, which decides the detections too."""
+    return super().describe() | {"package": distribution_version(_DISTRIBUTION)}
 
   @property
   def _tokenizer_file(self) -> pathlib.Path:
@@ -56,10 +60,10 @@ class OriginalGroundingDino(GroundingDino):
 class OriginalGroundingDinoModel(torch.nn.Module):
   """The package's network with the inputs and outputs of `GroundingDinoModel`.
 
-  A batch gives what the package gives for each of its pictures alone, which is more than the package itself does.
+  The results do not depend on the other pictures of a batch. In the package alone they do.
 
   Attributes:
-    config: the package's, of which the detector reads `num_queries` and `max_text_len`.
+    config: the package's configuration. The detector reads its `num_queries` and `max_text_len`.
   """
 
   def __init__(self, network: torch.nn.Module, config):
@@ -71,22 +75,26 @@ class OriginalGroundingDinoModel(torch.nn.Module):
   def forward(
       self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor,
   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Looks for the phrases of a caption in pictures of one size; see `GroundingDinoModel.forward`."""
+    """Looks for the phrases of captions in pictures of one size; see `GroundingDinoModel.forward`."""
     caption = BatchEncoding({"input_ids": input_ids, "attention_mask": attention_mask,
                              "token_type_ids": torch.zeros_like(input_ids)})
-    layers = []
-    with self.network.transformer.register_forward_hook(lambda module, inputs, output: layers.append(output[0])):
+    hidden_states = []  # of all layers of the decoder
+
+    def keep(module, inputs, output):
+      hidden_states.extend(output[0])
+
+    with self.network.transformer.register_forward_hook(keep):
       outputs = self.network(pixel_values, captions=caption)
-    hidden = layers[0][-1]
+    hidden = hidden_states[-1]
     logits = outputs["pred_logits"][..., :input_ids.shape[1]]  # the package pads them to 256 tokens
     return hidden.float(), logits.float(), outputs["pred_boxes"].float()
 
 
 def _repeat_mask_per_head(layer: torch.nn.Module, inputs: tuple, keywords: dict) -> tuple[tuple, dict]:
-  """Gives each picture's caption its own mask of which tokens see each other, bool (B, T, T) -> (B * heads, T, T).
+  """Repeats the mask of each caption once per attention head: bool (B, T, T) -> (B * heads, T, T).
 
-  The package would repeat the masks head by head, where torch's attention takes them picture by picture: in a batch of
-  different captions, one would be read with the mask of another.
+  torch's attention expects all heads of the first caption, then all heads of the second one, and so on. The package
+  alone repeats the whole batch of masks, which gives some captions the mask of another caption.
   """
   return inputs, {**keywords, "src_mask": keywords["src_mask"].repeat_interleave(layer.nhead, dim=0)}
 
@@ -95,29 +103,43 @@ def load(checkpoint: str, tokenizer: BertTokenizer) -> OriginalGroundingDinoMode
   """The package's network with the weights of an official file, on the CPU, in float32.
 
   Raises:
-    UserError: there are no weights, or not exactly those of a Grounding-DINO-T.
+    UserError: the file is missing or holds something else than one whole Grounding-DINO-T.
   """
   model = build_untrained(tokenizer)
-  weights = {name.removeprefix("module."): tensor.float() if tensor.is_floating_point() else tensor  # or an index table
-             for name, tensor in load_state_dict(checkpoint).items()}
-  fill(model.network, {name: tensor for name, tensor in weights.items() if name not in _UNUSED}, checkpoint, _REMEDY)
+  weights = {}
+  for name, tensor in load_state_dict(checkpoint).items():
+    if tensor.is_floating_point():  # other tensors are index tables
+      tensor = tensor.float()
+    weights[name.removeprefix("module.")] = tensor
+  for name in _UNUSED:
+    weights.pop(name, None)
+  fill(model.network, weights, checkpoint, _REMEDY)
   return model
 
 
 def build_untrained(tokenizer: BertTokenizer) -> OriginalGroundingDinoModel:
   """The package's Grounding-DINO-T with random weights. Raises `UserError` when the package cannot be imported."""
-  package, models, configs, text = (
-      load_package(f"groundingdino{part}", OriginalGroundingDino.__name__, _INSTALL) for part in _MODULES)
+  modules = []
+  for name in _MODULES:
+    modules.append(load_package(name, OriginalGroundingDino.__name__, _INSTALL))
+  package, models, configs, text = modules
   config = configs.SLConfig.fromfile(str(pathlib.Path(package.__file__).parent / _CONFIG))
-  config.use_checkpoint = config.use_transformer_ckpt = False  # they save memory in training
-  # The package would fetch BERT by its name; the checkpoint has its weights, and captions come as tokens.
-  with mock.patch.multiple(text, get_tokenlizer=lambda name: _Tokens(tokenizer),
-                           get_pretrained_language_model=lambda name: BertModel(BertConfig())):
+  config.use_checkpoint = config.use_transformer_ckpt = False  # they only save memory in training
+  # The package alone downloads BERT and its tokenizer by name. Here the weights of BERT come from the checkpoint, and
+  # captions are tokens already.
+
+  def make_tokenizer(name):
+    return _Tokens(tokenizer)
+
+  def make_language_model(name):
+    return BertModel(BertConfig())
+
+  with mock.patch.multiple(text, get_tokenlizer=make_tokenizer, get_pretrained_language_model=make_language_model):
     return OriginalGroundingDinoModel(models.build_model(config), config)
 
 
 class _Tokens:
-  """Stands where the package has its tokenizer: it is given captions that are tokens already."""
+  """Takes the place of the package's tokenizer, for captions that are tokens already."""
 
   def __init__(self, tokenizer: BertTokenizer):
     self.convert_tokens_to_ids = tokenizer.convert_tokens_to_ids

@@ -1,9 +1,10 @@
-"""RAM++, the Recognize Anything Plus model (Huang et al. 2023, Open-Set Image Tagging with Multi-Grained Text
-Supervision): how much each tag of a list is in a picture.
+"""RAM++, the Recognize Anything Plus model, which scores every tag of a list for a picture.
 
-Each tag comes with many descriptions, embedded once by CLIP's text encoder. A picture chooses among a tag's
-descriptions, their weighted sum becomes the tag's query, and a decoder without self-attention lets each query look at
-the picture. Parameters are named as in the official checkpoint.
+Source: Huang et al. 2023, Open-Set Image Tagging with Multi-Grained Text Supervision.
+
+Every tag has many descriptions, which CLIP's text encoder has embedded once. The picture gives weights to the
+descriptions of a tag, and their weighted sum becomes the query of the tag. A decoder without self-attention lets each
+query attend to the picture. Parameters have the names of the official checkpoint.
 """
 
 import dataclasses
@@ -20,12 +21,12 @@ class RamPlusConfig:
   """Sizes of a RAM++.
 
   Attributes:
-    swin: of the image encoder.
-    tags: how many the model knows.
-    descriptions: of each tag.
-    text_width: of CLIP's embeddings, into which the picture is projected too.
-    width: of the tagging head; its feed-forward layers have four times as much.
-    layers, heads: of the tagging head.
+    swin: sizes of the image encoder.
+    tags: number of tags that the model knows.
+    descriptions: number of descriptions of a tag.
+    text_width: width of CLIP's embeddings. The picture is projected to this width too.
+    width: width of the tagging head. Its feed-forward layers are four times as wide.
+    layers, heads: numbers of layers and of attention heads of the tagging head.
   """
   swin: SwinConfig
   tags: int = 4585
@@ -41,7 +42,10 @@ RAM_PLUS_SWIN_B = RamPlusConfig(SWIN_B)
 
 
 class RamPlusModel(nn.Module):
-  """The model; `label_embed` holds each tag's descriptions one after another, not normalised."""
+  """The whole model.
+
+  `label_embed` holds the embeddings of all descriptions, tag after tag. They are not normalised.
+  """
 
   def __init__(self, config: RamPlusConfig):
     super().__init__()
@@ -55,23 +59,36 @@ class RamPlusModel(nn.Module):
     self.fc = nn.Linear(config.width, 1)
 
   def forward(self, images: torch.Tensor) -> torch.Tensor:
-    """float32 (B, 3, image_size, image_size), normalised -> float32 (B, tags), a logit of each tag."""
+    """float32 (B, 3, image_size, image_size), normalised -> float32 (B, tags), logits."""
     return self.classify(self.encode(images))
 
   def encode(self, images: torch.Tensor) -> torch.Tensor:
-    """The picture in CLIP's space: (B, 1 + patches, text_width), first the mean of all patches, then each patch."""
+    """Describes pictures in the space of CLIP's embeddings.
+
+    Args:
+      images: float32 (B, 3, image_size, image_size), normalised.
+
+    Returns:
+      (B, 1 + patches, text_width): first the mean of all patches, then the patches.
+    """
     patches = self.visual_encoder(images)
     return self.image_proj(torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1))
 
   def classify(self, features: torch.Tensor) -> torch.Tensor:
-    """What `encode` gave -> float32 (B, tags), a logit of each tag."""
+    """(B, 1 + patches, text_width) from `encode` -> float32 (B, tags), logits."""
     queries = F.relu(self.wordvec_proj(self.reweight(features[:, 0])))
     return self.fc(self.tagging_head(queries, features))[..., 0].float()
 
   def reweight(self, image: torch.Tensor) -> torch.Tensor:
-    """Each tag's descriptions averaged as they fit the pictures: (B, text_width) -> float32 (B, tags, text_width).
+    """Averages the descriptions of each tag, weighted by how well they fit the picture.
 
-    Always in float32: to convert all the embeddings for each batch would take longer than these products.
+    This always runs in float32, because converting all embeddings for each batch would take longer than the products.
+
+    Args:
+      image: (B, text_width), the first row that `encode` gives for each picture.
+
+    Returns:
+      float32 (B, tags, text_width).
     """
     with torch.autocast(image.device.type, enabled=False):
       descriptions = self.label_embed.unflatten(0, (self.config.tags, self.config.descriptions))
@@ -80,7 +97,8 @@ class RamPlusModel(nn.Module):
       return torch.einsum("btd,tdc->btc", weights, descriptions)
 
 
-# The tagging head is a BERT stripped to its cross-attention; its modules are nested for the sake of their names.
+# The tagging head is a BERT of which only the cross-attention is left. The modules are nested so that their parameters
+# have the official names.
 
 class _TaggingHead(nn.Module):
   def __init__(self, config: RamPlusConfig):
@@ -89,7 +107,7 @@ class _TaggingHead(nn.Module):
     self.encoder.layer = nn.ModuleList(_Layer(config) for _ in range(config.layers))
 
   def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """(B, tags, width) and (B, 1 + patches, text_width) -> (B, tags, width). No tag sees another."""
+    """(B, tags, width) and (B, 1 + patches, text_width) -> (B, tags, width). Tags do not attend to each other."""
     for layer in self.encoder.layer:
       queries = layer(queries, features)
     return queries
@@ -119,14 +137,17 @@ class _CrossAttention(nn.Module):
     self.value = nn.Linear(config.text_width, config.width)
 
   def forward(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-    attended = F.scaled_dot_product_attention(
-        split(self.query(queries)), split(self.key(features)), split(self.value(features)))
-    return attended.transpose(1, 2).flatten(2)
+    query = self._split_heads(self.query(queries))
+    key, value = self._split_heads(self.key(features)), self._split_heads(self.value(features))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+  def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
+    """(B, T, width) -> (B, heads, T, width / heads)."""
+    return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class _Residual(nn.Module):
-  """Projection, sum with what went into the sublayer, normalisation."""
+  """The end of a sublayer: a projection, the sum with the sublayer's input, and a layer norm."""
 
   def __init__(self, inner: int, width: int):
     super().__init__()

@@ -1,7 +1,9 @@
-"""Swin Transformer (Liu et al. 2021, Hierarchical Vision Transformer using Shifted Windows) for one image size.
+"""The Swin Transformer for one image size.
 
-Parameters are named as in Microsoft's implementation, so that checkpoints made with it fit. Its two kinds of tables,
-`relative_position_index` and `attn_mask`, are computed here and are not in the state dict.
+Source: Liu et al. 2021, Hierarchical Vision Transformer using Shifted Windows.
+
+Parameters have the names of Microsoft's implementation, so that its checkpoints fit. The tables
+`relative_position_index` and `attn_mask` of that implementation are computed here and are not in the state dict.
 """
 
 import dataclasses
@@ -10,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-_MASKED = -100.0  # added to the attention logits of places that are not neighbours in the picture, as upstream
+# Added to the attention logits of two places that are not neighbours in the picture. The official code has this value.
+_MASKED = -100.0
 _MLP_RATIO = 4
 
 
@@ -19,12 +22,12 @@ class SwinConfig:
   """Sizes of a Swin.
 
   Attributes:
-    width: channels of the first stage; each later stage has twice as many.
-    heads: attention heads of each stage.
-    depths: blocks of each stage.
-    image_size: pixels along a side. Each stage's side in patches must be a multiple of `window`, or smaller than it.
-    window: patches along a window's side.
-    patch: pixels along a patch's side.
+    width: channels of the first stage. Every later stage has twice the channels of the stage before it.
+    heads: attention heads, one number per stage.
+    depths: blocks, one number per stage.
+    image_size: pixels along a side. The side of a stage in patches must be a multiple of `window`, or smaller.
+    window: patches along the side of a window.
+    patch: pixels along the side of a patch.
   """
   width: int
   heads: tuple[int, ...]
@@ -43,19 +46,27 @@ SWIN_B = SwinConfig(128, (4, 8, 16, 32))
 
 
 class Swin(nn.Module):
-  """The backbone without a classifier: a feature of each patch of the last stage."""
+  """The backbone without a classifier. It gives one feature per patch of the last stage."""
 
   def __init__(self, config: SwinConfig):
     super().__init__()
     self.patch_embed = _PatchEmbed(config.patch, config.width)
-    side, last = config.image_size // config.patch, len(config.depths) - 1
-    self.layers = nn.ModuleList(
-        _Stage(config.width << k, heads, depth, side >> k, config.window, downsample=k < last)
-        for k, (heads, depth) in enumerate(zip(config.heads, config.depths)))
+    self.layers = nn.ModuleList()
+    width, side = config.width, config.image_size // config.patch
+    for number, (heads, depth) in enumerate(zip(config.heads, config.depths), start=1):
+      self.layers.append(_Stage(width, heads, depth, side, config.window, downsample=number < len(config.depths)))
+      width, side = 2 * width, side // 2
     self.norm = nn.LayerNorm(config.output_width)
 
   def forward(self, images: torch.Tensor) -> torch.Tensor:
-    """float (B, 3, image_size, image_size), normalised -> (B, patches of the last stage, output_width), row by row."""
+    """Describes pictures patch by patch.
+
+    Args:
+      images: float32 (B, 3, image_size, image_size), normalised.
+
+    Returns:
+      (B, patches, output_width), the patches of the last stage row by row.
+    """
     x = self.patch_embed(images)
     for stage in self.layers:
       x = stage(x)
@@ -74,17 +85,20 @@ class _PatchEmbed(nn.Module):
 
 
 class _Stage(nn.Module):
-  """Blocks at one resolution, their windows in turn aligned with the picture and shifted by half a window."""
+  """Blocks at one resolution. The windows of every second block are shifted by half a window."""
 
   def __init__(self, width: int, heads: int, depth: int, side: int, window: int, downsample: bool):
     super().__init__()
-    # One window that covers everything has nothing to be shifted against.
-    window, shift = (window, window // 2) if side > window else (side, 0)
-    self.blocks = nn.ModuleList(_Block(width, heads, side, window, shift if k % 2 else 0) for k in range(depth))
+    shift = window // 2
+    if side <= window:  # one window covers the whole picture, so there is nothing to shift
+      window, shift = side, 0
+    self.blocks = nn.ModuleList()
+    for number in range(depth):
+      self.blocks.append(_Block(width, heads, side, window, shift if number % 2 else 0))
     self.downsample = _PatchMerging(width) if downsample else nn.Identity()
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """(B, side, side, width) -> the same, or (B, side / 2, side / 2, 2 * width) when downsampled."""
+    """(B, side, side, width) -> (B, side / 2, side / 2, 2 * width), or the same shape when nothing is downsampled."""
     for block in self.blocks:
       x = block(x)
     return self.downsample(x)
@@ -97,9 +111,10 @@ class _PatchMerging(nn.Module):
     self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """(B, side, side, width) -> (B, side / 2, side / 2, 2 * width); of four neighbours the left ones come first."""
-    four = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-    return self.reduction(self.norm(torch.cat(four, dim=-1)))
+    """(B, side, side, width) -> (B, side / 2, side / 2, 2 * width)."""
+    left, right = x[:, :, 0::2], x[:, :, 1::2]
+    neighbours = [left[:, 0::2], left[:, 1::2], right[:, 0::2], right[:, 1::2]]
+    return self.reduction(self.norm(torch.cat(neighbours, dim=-1)))
 
 
 class _Block(nn.Module):
@@ -112,7 +127,7 @@ class _Block(nn.Module):
     self.mlp = _Mlp(width)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """(B, side, side, width) -> the same."""
+    """(B, side, side, width) -> the same shape."""
     attended = self.attn(torch.roll(self.norm1(x), (-self.shift, -self.shift), (1, 2)))
     x = x + torch.roll(attended, (self.shift, self.shift), (1, 2))
     return x + self.mlp(self.norm2(x))
@@ -129,7 +144,7 @@ class _Mlp(nn.Module):
 
 
 class _WindowAttention(nn.Module):
-  """Self-attention within each window, with a learned bias for each offset between two of its places."""
+  """Self-attention inside each window, with a learned bias for the offset between two places."""
 
   def __init__(self, width: int, heads: int, side: int, window: int, shift: int):
     super().__init__()
@@ -141,32 +156,35 @@ class _WindowAttention(nn.Module):
     self.register_buffer("mask", _seam_mask(side, window, shift) if shift else None, persistent=False)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """(B, side, side, width), rolled by the shift -> the same."""
+    """(B, side, side, width), rolled by the shift -> the same shape."""
     batch, side, _, width = x.shape
     count, places = side // self.window, self.window ** 2
     windows = x.view(batch, count, self.window, count, self.window, width).transpose(2, 3)
     qkv = self.qkv(windows).view(batch * count ** 2, places, 3, self.heads, width // self.heads)
     bias = self.relative_position_bias_table[self.offsets].permute(2, 0, 1)
-    if self.mask is not None:  # another bias in each window: windows of a picture count as heads
+    if self.mask is not None:  # the bias differs between windows, so the windows of a picture count as heads
       bias = (bias + self.mask[:, None]).flatten(0, 1)
-    query, key, value = (part.transpose(1, 2).reshape(-1, len(bias), places, width // self.heads)
-                         for part in qkv.unbind(2))
+    heads_first = (-1, len(bias), places, width // self.heads)
+    query, key, value = qkv.transpose(1, 3).unbind(2)
+    query, key, value = query.reshape(heads_first), key.reshape(heads_first), value.reshape(heads_first)
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     attended = attended.view(-1, self.heads, places, width // self.heads).transpose(1, 2)
     return self.proj(attended.reshape(windows.shape).transpose(2, 3).reshape(x.shape))
 
 
-# Tables are computed on the CPU even while a module is being built on the device `meta`.
+# The tables are computed on the CPU even when a module is built on the device `meta`.
 
 def _offsets(window: int) -> torch.Tensor:
-  """int64 (window^2, window^2): for each pair of a window's places, the bias table's row of their offset."""
-  y, x = torch.meshgrid(*[torch.arange(window, device="cpu")] * 2, indexing="ij")
-  difference = lambda at: at.flatten()[:, None] - at.flatten() + window - 1
-  return difference(y) * (2 * window - 1) + difference(x)
+  """int64 (window^2, window^2): the row of the bias table for each pair of places of a window."""
+  places = torch.arange(window ** 2, device="cpu")
+  y, x = places // window, places % window
+  down = y[:, None] - y + window - 1
+  right = x[:, None] - x + window - 1
+  return down * (2 * window - 1) + right
 
 
 def _seam_mask(side: int, window: int, shift: int) -> torch.Tensor:
-  """float32 (windows, window^2, window^2): `_MASKED` for pairs that only the roll has brought together, else 0."""
+  """float32 (windows, window^2, window^2): `_MASKED` for pairs that are neighbours only because of the roll, else 0."""
   wrapped = torch.arange(side, device="cpu") >= side - shift  # rows, or columns, that came from the other border
   region = 2 * wrapped[:, None] + wrapped
   count = side // window

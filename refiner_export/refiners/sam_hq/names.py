@@ -1,4 +1,4 @@
-"""The official SAM-HQ checkpoints (`sam_hq_vit_b.pth`, `_l`, `_h`): their names in transformers, and their sizes."""
+"""Official SAM-HQ checkpoints (`sam_hq_vit_b.pth`, `_l`, `_h`): names of weights, and sizes read from weights."""
 
 import re
 from collections.abc import Mapping
@@ -7,9 +7,10 @@ import torch
 from transformers import SamHQConfig
 
 from refiner_export.common.settings import require
+from refiner_export.refiners.checkpoints import insert_numbers, prefix_pattern
 
-# Official name -> transformers'. A `*` is a number; what follows a name stays; the first row that fits is taken, and a
-# name that fits none is the same in both.
+# The beginning of an official name -> the beginning of the name in transformers. The rest of a name stays. `*` is a
+# number. The first row that fits counts. A name that fits no row is the same in both.
 NAMES = {
     "image_encoder.patch_embed.proj": "vision_encoder.patch_embed.projection",
     "image_encoder.blocks.*.norm*": "vision_encoder.layers.*.layer_norm*",
@@ -51,8 +52,7 @@ NAMES = {
     "mask_decoder.embedding_maskfeature.1": "mask_decoder.mask_norm",
     "mask_decoder.embedding_maskfeature.3": "mask_decoder.mask_conv2",
 }
-_ROWS = [(re.compile(re.escape(official).replace(r"\*", r"(\d+)") + r"(?=\.|$)"), theirs)
-         for official, theirs in NAMES.items()]
+_RULES = [(prefix_pattern(official), name) for official, name in NAMES.items()]
 
 _PATCH = "vision_encoder.patch_embed.projection.weight"  # (width, 3, patch, patch)
 _GRID = "vision_encoder.pos_embed"                       # (1, grid, grid, width)
@@ -60,27 +60,40 @@ _ATTENTION = re.compile(r"vision_encoder\.layers\.(\d+)\.attn\.rel_pos_h")  # (2
 
 
 def translate(name: str) -> str:
-  """An official name in transformers' terms."""
-  for pattern, theirs in _ROWS:
-    if found := pattern.match(name):
-      numbers = iter(found.groups())
-      return re.sub(r"\*", lambda _: next(numbers), theirs) + name[found.end():]
+  """The name in transformers of an official name."""
+  for pattern, translated in _RULES:
+    if found := pattern.fullmatch(name):
+      *numbers, rest = found.groups(default="")
+      return insert_numbers(translated, numbers) + rest
   return name
 
 
-def config_of(tensors: Mapping[str, torch.Tensor], source: str, remedy: str) -> SamHQConfig:
-  """The sizes of a model, read off its tensors by transformers' names. Raises `UserError` when it is no SAM-HQ."""
-  layers = {int(found[1]): tensors[found[0]].shape for found in map(_ATTENTION.fullmatch, tensors) if found}
-  require(bool(layers) and all(name in tensors and tensors[name].dim() == 4 for name in (_PATCH, _GRID)),
-          f"{source} is no SAM-HQ checkpoint with a ViT image encoder. {remedy}")
+def config_of(tensors: Mapping[str, torch.Tensor], file: str, remedy: str) -> SamHQConfig:
+  """The sizes of a model, read from its tensors.
+
+  Args:
+    tensors: by the names of transformers.
+    file: where the tensors come from, for the error.
+    remedy: what to do about a file that does not fit, for the error.
+
+  Raises:
+    UserError: the tensors are not those of a SAM-HQ with a ViT.
+  """
+  spans, head_width = {}, 0  # a layer's attention spans this many patches along a side
+  for name, tensor in tensors.items():
+    if found := _ATTENTION.fullmatch(name):
+      spans[int(found[1])] = (tensor.shape[0] + 1) // 2
+      head_width = tensor.shape[1]
+  known = bool(spans)
+  for name in (_PATCH, _GRID):
+    known = known and name in tensors and tensors[name].dim() == 4
+  require(known, f"{file} is no SAM-HQ checkpoint with a ViT image encoder. {remedy}")
   width, _, patch, _ = tensors[_PATCH].shape
   grid = tensors[_GRID].shape[1]
-  steps = lambda shape: (shape[0] + 1) // 2  # positions along a side that a layer's attention spans
   size = {"image_size": grid * patch, "patch_size": patch}
   return SamHQConfig(
       vision_config=size | {
-          "hidden_size": width, "num_hidden_layers": len(layers),
-          "num_attention_heads": width // next(iter(layers.values()))[1],
-          "window_size": min(map(steps, layers.values())),
-          "global_attn_indexes": sorted(index for index, shape in layers.items() if steps(shape) == grid)},
+          "hidden_size": width, "num_hidden_layers": len(spans), "num_attention_heads": width // head_width,
+          "window_size": min(spans.values()),
+          "global_attn_indexes": sorted(layer for layer, span in spans.items() if span == grid)},
       prompt_encoder_config=size, mask_decoder_config={"vit_dim": width})

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from lyrics_jax.data.spatial import SPECIAL_TOKENS, fill_boxes, format_box, format_object, parse_boxes, referred_boxes
+from lyrics_jax.data.spatial import (
+    SPECIAL_TOKENS, fill_boxes, format_box, format_object, parse_boxes, referred_boxes, referred_pictures,
+    renumber_pictures, without_pictures)
 from refiner_export.common.settings import UserError
 
 BOX = (0.125, 0.0, 1.0, 0.5004)
@@ -28,11 +30,22 @@ def test_malformed_boxes_are_left_out():
   np.testing.assert_allclose(parse_boxes(text), [[.1, .2, .3, .4], [.001, .25, .5, .999]], atol=1e-6)
 
 
-def test_placeholders():
-  boxes = np.array([BOX, (0.25, 0.25, 0.75, 0.75)], np.float32)
-  text = "A cat <box 1> by a ball <box 0>."
-  assert referred_boxes(text) == [1, 0]
+def test_placeholders_of_boxes():
+  boxes = [np.array([BOX, (0.25, 0.25, 0.75, 0.75)], np.float32), np.array([(0.5, 0.5, 1, 1)], np.float32)]
+  text = "A cat <box 0.1> by a ball <box 0.0>, and again <box 1.0>."
+  assert referred_boxes(text) == [(0, 1), (0, 0), (1, 0)]
   assert fill_boxes(text, boxes, "integer") == (
-      "A cat <Bbox> (250,250),(750,750) </Box> by a ball <Bbox> (125,0),(999,500) </Box>.")
-  with pytest.raises(UserError, match="<box 2>, but there are 2 boxes"):
-    fill_boxes("<box 2>", boxes, "decimal")
+      "A cat <Bbox> (250,250),(750,750) </Box> by a ball <Bbox> (125,0),(999,500) </Box>, and again "
+      "<Bbox> (500,500),(999,999) </Box>.")
+  for wrong, message in (("<box 0.2>", "<box 0.2>, but there are 2 boxes in picture 0"),
+                         ("<box 2.0>", "<box 2.0>, but there are 2 pictures"),
+                         ("<box 1>", "has <box 1>, which names no picture: write <box 0.1>")):
+    with pytest.raises(UserError, match=message):
+      fill_boxes(wrong, boxes, "decimal")
+
+
+def test_placeholders_of_pictures():
+  text = "<image 2>\nIs it <image 10>? "
+  assert referred_pictures(text) == [2, 10] and referred_pictures("<image> <image x>") == []
+  assert renumber_pictures(text, [2, 10]) == "<image 0>\nIs it <image 1>? "
+  assert without_pictures(text) == "Is it ?" and without_pictures(" as it is ") == " as it is "

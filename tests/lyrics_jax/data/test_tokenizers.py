@@ -3,10 +3,10 @@ import json
 import pytest
 import transformers
 
-from lyrics_jax.data.loader import make_examples
+from lyrics_jax.data.conversations import Conversations
 from lyrics_jax.data.spatial import SPECIAL_TOKENS, format_object
 from lyrics_jax.data.tokenizers import MQ_FORMER_ADDED, load_llm_tokenizer, load_mq_former_tokenizer
-from lyrics_jax.data.train_tokenizers import VOCAB_SIZE, write_tokenizers
+from lyrics_jax.data.train_tokenizers import VOCAB_SIZE, record_texts, write_tokenizers
 from refiner_export.common.settings import UserError
 
 OBJECT = format_object("Red Ball", (0.125, 0.0, 1.0, 0.5), "decimal")
@@ -67,15 +67,24 @@ def test_missing_tokenizer_is_one_line(tmp_path, tokenizer_directory):
     load_llm_tokenizer(f"{tokenizer_directory}/mq_former")
 
 
-def test_too_small_an_embedding_is_one_line(make_config):
-  config = make_config(stage="instruct")
-  object.__setattr__(config.model.mq_former, "vocab_size", 100)
-  with pytest.raises(UserError, match=r"^config\.model\.mq_former\.vocab_size=100 is too small: the tokenizer has"):
-    make_examples(config)
-  object.__setattr__(config.model.mq_former, "vocab_size", 1024)
-  object.__setattr__(config.model.llm, "vocab_size", 512)
-  with pytest.raises(UserError, match=r"config\.model\.llm\.vocab_size=512 is too small"):
-    make_examples(config)
+def test_too_small_an_embedding_is_one_line(make_run):
+  with pytest.raises(UserError, match=r"^config\.stage\.model\.connector\.former\.vocab_size=100 is too small"):
+    make_run(sizes={"former_vocabulary": 100}).examples
+  with pytest.raises(UserError, match=r"^config\.stage\.model\.llm\.vocab_size=512 is too small"):
+    make_run(Conversations(), sizes={"llm_vocabulary": 512}).examples
+
+
+def test_texts_to_train_on(make_record):
+  """Every template of a task, every caption, every object and box in both forms of coordinates; no placeholder."""
+  record = make_record(0, pictures=2, conversations=(
+      ("vqa", ("<image 1>\nHow many?", "two at <box 1.0>")), ("a user's task", ("Count!", "2"))))
+  texts = list(record_texts([record]))
+  assert set(record.captions) < set(texts) and "Question: How many? Short answer: ASSISTANT:" in texts
+  assert "Count! ASSISTANT:" in texts
+  for picture in record.pictures:
+    for coordinates in ("decimal", "integer"):
+      assert format_object(picture.tags[0], picture.boxes[0], coordinates) in texts
+  assert not any("<image" in text or "<box" in text for text in texts)
 
 
 def test_training_does_not_overwrite(tokenizer_directory):

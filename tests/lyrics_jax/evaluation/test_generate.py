@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from lyrics_jax import generate as command
-from lyrics_jax.evaluation.drawing import draw_boxes
 from lyrics_jax.generate import generate
 from lyrics_jax.training.checkpoint import saved_config, trained_manifest
-from refiner_export.records.reader import RecordDirectory
 from refiner_export.common.settings import UserError
+from refiner_export.pages.drawing import draw_boxes
+from refiner_export.records.reader import RecordDirectory
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).parents[3]
 @pytest.fixture(scope="module")
 def photo(exported, tmp_path_factory) -> str:
   path = tmp_path_factory.mktemp("photo") / "photo.jpg"
-  path.write_bytes(RecordDirectory(exported)[0].image)
+  path.write_bytes(RecordDirectory(exported)[0].picture.image)
   return str(path)
 
 
@@ -41,8 +41,19 @@ def far_away(run, tmp_path) -> pathlib.Path:
 def test_a_record_several_prompts(run, exported, capsys):
   answers = generate(str(run), ["What is this?", "Where is <box 0>?"], record=f"{exported}#2")
   assert len(answers) == 2
-  assert capsys.readouterr().out == "".join(
-      f"{prompt}\n  {answer or '(no answer)'}\n" for prompt, answer in zip(["What is this?", "Where is <box 0>?"], answers))
+  assert capsys.readouterr().out == (
+      f"What is this?\n  {answers[0] or '(no answer)'}\nWhere is <box 0>?\n  {answers[1] or '(no answer)'}\n")
+
+
+def test_boxes_of_the_only_picture(run, exported):
+  """`<box K>` is short for `<box 0.K>`."""
+  short, long = generate(str(run), ["Where is <box 1>?", "Where is <box 0.1>?"], record=f"{exported}#2")
+  assert short == long
+
+
+def test_on_a_mesh(run, exported):
+  prompts = ["What is this?", "Where is <box 0>?"]
+  assert generate(str(run), prompts, f"{exported}#2", mesh="2,2,2") == generate(str(run), prompts, f"{exported}#2")
 
 
 def test_a_photo_without_the_records(far_away, photo):
@@ -64,35 +75,35 @@ def test_boxes_of_answers_are_drawn(run, exported, tmp_path, monkeypatch, capsys
   class Pointer:
     """Points at the upper left quarter, in the place of a model."""
 
-    def __init__(self, *_):
+    def __init__(self, loaded, batch_size):
       pass
 
     def answer(self, questions):
       return ["at <Bbox> (0.000,0.000),(0.500,0.500) </Box>", "nowhere"][:len(questions)]
 
-  monkeypatch.setattr(command, "Answerer", Pointer)
+  monkeypatch.setattr(command, "Generator", Pointer)
   output = tmp_path / "picture.png"
   generate(str(run), ["Where?", "Where else?"], record=f"{exported}#0", output=str(output))
   assert capsys.readouterr().out.endswith(f"1 boxes drawn: {output}\n")
-  record = RecordDirectory(exported)[0]
-  before, after = (np.asarray(Image.open(source).convert("RGB")).astype(int) for source in (io.BytesIO(record.image), output))
+  picture = RecordDirectory(exported)[0].picture
+  before = np.asarray(Image.open(io.BytesIO(picture.image)).convert("RGB"))
+  after = np.asarray(Image.open(output).convert("RGB"))
   changed = (before != after).any(axis=2)
-  middle = record.width // 2
+  middle = picture.width // 2
   assert changed[:middle, middle - 2].all()  # the right edge of the box
   assert not changed[:, middle + 2:].any()
 
 
 @pytest.mark.parametrize("boxes", [np.zeros((0, 4)), np.array([[0.9, 0.9, 0.1, 0.1], [0, 0, 0, 0], [1, 1, 1, 1]])])
 def test_any_box_can_be_drawn(exported, boxes):
-  picture = draw_boxes(RecordDirectory(exported)[0].image, [boxes.astype(np.float32)], "JPEG")
+  picture = draw_boxes(RecordDirectory(exported)[0].picture.image, [boxes.astype(np.float32)], "JPEG")
   assert Image.open(io.BytesIO(picture)).format == "JPEG"
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"checkpoint": None}, "--checkpoint is required"),
     ({"checkpoint": "/nowhere"}, "run not found: /nowhere"),
-    ({"prompts": []}, "--prompt is required"),
-    ({"prompts": ["What?", " "]}, "--prompt is required"),
+    ({"prompt": []}, "--prompt is required"),
+    ({"prompt": ["What?", " "]}, "--prompt is required"),
     ({"record": None}, "either --record DIR#K or --image photo.jpg"),
     ({"image": "photo.jpg"}, "either --record DIR#K or --image photo.jpg"),
     ({"record": "records"}, "--record=records: expected DIR#K"),
@@ -104,11 +115,11 @@ def test_any_box_can_be_drawn(exported, boxes):
     ({"record": None, "image": __file__}, f"--image={__file__} cannot be read: not a picture"),
     ({"output": "picture.txt"}, "picture.txt: no picture format has the extension '.txt'"),
     ({"output": "/nowhere/picture.png"}, "directory of --output not found: /nowhere"),
-    ({"prompts": ["Where is <box 99>?"]}, "refers to <box 99>"),
-    ({"prompts": ["long " * 200]}, "there is room for 96")])
+    ({"prompt": ["Where is <box 99>?"]}, "refers to <box 0.99>"),
+    ({"prompt": ["long " * 200]}, "there is room for 96")])
 def test_mistakes(run, exported, arguments, message):
   with pytest.raises(UserError) as raised:
-    generate(**{"checkpoint": str(run), "prompts": ["What?"], "record": f"{exported}#0"} | arguments)
+    generate(**{"checkpoint": str(run), "prompt": ["What?"], "record": f"{exported}#0"} | arguments)
   assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -125,8 +136,8 @@ def test_a_run_without_checkpoint(run, exported, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["generate", "--checkpoint=/nowhere", "--record=records#0", "--prompt=What?"], "run not found: /nowhere. Name the"),
-    (["generate", "--promt=What?"], "Unknown command line flag 'promt'"),
+    (["generate", "--checkpoint=/nowhere", "--record=records#0", "--prompt=What?"], "run not found: /nowhere. Name"),
+    (["generate", "--promt=What?"], "unknown flag --promt (did you mean --prompt?)"),
     (["evaluate", "--checkpoint=/nowhere", "--records=records"], "--output is required")])
 def test_mistakes_on_the_command_line(arguments, message):
   line = [sys.executable, "-m", f"lyrics_jax.{arguments[0]}", *arguments[1:]]

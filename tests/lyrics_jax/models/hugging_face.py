@@ -34,8 +34,9 @@ def tensors_at(path: tuple[str, ...], model: transformers.LlamaForCausalLM) -> l
 
 
 def as_ours(path: tuple[str, ...], tensors: list[torch.Tensor]) -> jnp.ndarray:
-  """Tensors of `tensors_at`, or their gradients, in our form."""
-  ours = [tensor.detach().T if path[-1] in ("kernel", "lora_a", "lora_b") else tensor.detach() for tensor in tensors]
+  """Tensors of `tensors_at`, or their gradients, as our arrays lie in memory: kernels of q, k and v outputs first."""
+  turned = path[-1] in ("lora_a", "lora_b") or path[-1] == "kernel" and path[-2] not in ("q", "k", "v")
+  ours = [tensor.detach().T if turned else tensor.detach() for tensor in tensors]
   return jnp.asarray((torch.stack(ours) if path[0] == "stack" else ours[0]).numpy())
 
 

@@ -110,11 +110,13 @@ class Reference:
   """A stage-1 model: `parameters` by path as float64, `image_tokens` of the (separately tested) image encoder."""
 
   def __init__(self, parameters, config, image_tokens, batch):
+    batch = {name: value[:, 0] if "pictures" in config.fields[name].dims else value for name, value in batch.items()}
     self.parameters, self.config, self.batch = parameters, config, batch
-    self.mq_config = config.model.mq_former
-    self.p = below(parameters, "perception/mq_former")
-    source = parameters["perception/local_tokens/source"]
-    kinds = [linear(below(parameters, f"perception/local_tokens/{kind}"), batch[name].astype(np.float64)) + source[k]
+    self.smoothing = config.stage.objectives[0].label_smoothing  # the same of all objectives
+    self.mq_config = config.stage.model.connector.former
+    self.p = below(parameters, "connector/former")
+    source = parameters["connector/local_tokens/source"]
+    kinds = [linear(below(parameters, f"connector/local_tokens/{kind}"), batch[name].astype(np.float64)) + source[k]
              for k, (kind, name) in enumerate((("detection", "detection"), ("mask", "masks")))]
     self.image_tokens, self.local_tokens = image_tokens, np.concatenate(kinds, axis=1)
     self.local_valid = np.concatenate([batch["detection_mask"], batch["masks_mask"]], axis=1)
@@ -148,7 +150,7 @@ class Reference:
     return np.max(each, axis=0) / self.parameters["temperature"]
 
   def itc(self):
-    similarity, smoothing = self.similarity(), self.config.align.label_smoothing
+    similarity, smoothing = self.similarity(), self.smoothing
     diagonal = np.arange(len(similarity))
     return (cross_entropy(similarity, diagonal, smoothing).mean() + cross_entropy(similarity.T, diagonal, smoothing).mean()) / 2
 
@@ -171,11 +173,11 @@ class Reference:
   def icg(self):
     ids, valid = self.batch["icg_ids"], self.batch["caption_mask"]
     hidden = self.run("icg", self.absent(self.spatial), (ids, valid))[2]
-    losses = cross_entropy(self.words(hidden)[:, :-1], ids[:, 1:], self.config.align.label_smoothing)
+    losses = cross_entropy(self.words(hidden)[:, :-1], ids[:, 1:], self.smoothing)
     return losses[valid[:, 1:]].mean()
 
   def msp(self):
     targets = self.batch["msp_targets"]
     hidden = self.run("msp", (self.batch["msp_ids"], self.batch["spatial_mask"]), self.absent(self.caption))[1]
-    losses = cross_entropy(self.words(hidden), np.maximum(targets, 0), self.config.align.label_smoothing)
+    losses = cross_entropy(self.words(hidden), np.maximum(targets, 0), self.smoothing)
     return losses[targets >= 0].mean()

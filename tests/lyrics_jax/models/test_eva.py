@@ -1,4 +1,4 @@
-"""BLIP-2's ViT-g: the image encoder of kind "eva" with the norm behind it equals Hugging Face's, small and at full width."""
+"""BLIP-2's ViT-g: the image encoder without input norm, with biased patches and exact GELU, with the norm behind it equals Hugging Face's, small and at full width."""
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,16 @@ import torch
 import transformers
 from flax import nnx
 
-from lyrics_jax.config import VisionConfig
-from lyrics_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPVision
-from lyrics_jax.models.layers import LayerNorm
+from lyrics_jax.models.vision.vit import ViTSettings
+from lyrics_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD, ViT
+from lyrics_jax.models.layers.norms import LayerNorm
 
 TOLERANCE = 1e-4  # float32 in both, summed in another order; behind the norm outputs are of size 1
-FULL = VisionConfig.vit_g()
-SIZES = {"small": VisionConfig(kind="eva", image_size=12, patch_size=4, width=32, layers=3, heads=4, mlp_dim=48, norm_eps=1e-6),
+FULL = ViTSettings.eva_vit_g_14()
+EVA = {"input_norm": False, "patch_bias": True, "activation": "gelu"}
+SIZES = {"small": ViTSettings(**EVA, image_size=12, patch_size=4, width=32, layers=3, heads=4, mlp_dim=48, norm_eps=1e-6),
          # 2 of 39 layers: they are all alike
-         "full width": VisionConfig(kind="eva", width=FULL.width, layers=2, mlp_dim=FULL.mlp_dim, norm_eps=FULL.norm_eps)}
+         "full width": ViTSettings(**EVA, width=FULL.width, layers=2, mlp_dim=FULL.mlp_dim, norm_eps=FULL.norm_eps)}
 
 
 def test_the_published_size_is_hugging_faces_default():
@@ -37,7 +38,7 @@ def test_equals_hugging_face(size):
     torch.nn.init.normal_(parameter, std=0.5 if parameter.ndim == 1 else (len(parameter) / parameter.numel()) ** 0.5)
 
   def both(rngs):
-    return nnx.Dict(vision=CLIPVision(config, rngs=rngs), norm=LayerNorm(config.width, config.norm_eps, rngs=rngs))
+    return nnx.Dict(vision=ViT(config, rngs=rngs), norm=LayerNorm(config.width, config.norm_eps, rngs=rngs))
 
   def third(n, kind):  # of query, key and value, below each other
     return [getattr(layer.self_attn.qkv, kind).chunk(3)[n] for layer in theirs.encoder.layers]

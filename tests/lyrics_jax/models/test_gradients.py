@@ -6,7 +6,7 @@ import pytest
 import tiny
 from reference import Reference
 
-from lyrics_jax.stages.align import hard_negatives, image_text_similarity
+from lyrics_jax.objectives.itm import hard_negatives
 
 STEP = 1e-5  # central differences in float64: error about STEP^2 of truncation and 1e-16 / STEP of rounding
 
@@ -14,21 +14,18 @@ STEP = 1e-5  # central differences in float64: error about STEP^2 of truncation 
 @pytest.fixture(scope="module")
 def case():
   """Per loss the package's float32 gradient, and a function from float64 parameters to the reference's four losses."""
-  config = tiny.make_config(batch_size=3, model__mq_former__activation="gelu")  # relu has kinks that differences may cross
+  config = tiny.make_config(batch_size=3, stage__model__connector__former__activation="gelu")  # relu has kinks that differences may cross
   plan = tiny.make_plan(config)
   trained, frozen = tiny.make_parameters(plan, spread=0.2)
   batch = tiny.make_batch(config)
 
   def losses(trained):
-    return plan.stage.loss(plan.model(trained, frozen), batch, None).metrics
+    return plan.config.stage.loss(plan.model(trained, frozen), batch, None).metrics
 
   def fixed(trained):
-    model = plan.model(trained, frozen)
-    image_tokens = model.perception.vision(batch["image"], "float32")
-    queries, _ = model.perception.mq_former.query_pass(model.perception.look(batch))
-    text = plan.stage.text(model, batch)
-    negatives = hard_negatives(image_text_similarity(model, queries, text, "mean", None), batch["caption_ids"], jax.random.key(0))
-    return image_tokens, negatives
+    passes = plan.model(trained, frozen).passes(batch)
+    negatives = hard_negatives(passes.similarity, batch["caption_ids"], jax.random.key(0))
+    return passes.features.image, negatives
 
   gradients = jax.device_get(jax.jit(jax.jacrev(losses))(trained))
   image_tokens, (pictures, texts, _) = jax.device_get(jax.jit(fixed)(trained))
@@ -36,9 +33,9 @@ def case():
 
   def expected(trained):
     p = trained | others
-    norm = p["perception/image_norm/scale"], p["perception/image_norm/bias"]
+    norm = p["connector/image_norm/scale"], p["connector/image_norm/bias"]
     x = image_tokens.astype(np.float64)
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.model.vision.norm_eps) * norm[0] + norm[1]
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.stage.model.vision.norm_eps) * norm[0] + norm[1]
     reference = Reference(p, config, x, batch)
     return {"itc": reference.itc(), "itm": reference.itm(pictures, texts), "icg": reference.icg(), "msp": reference.msp()}
 

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lyrics_jax.models.layers import Linear, Stack, attend, dropout
+from lyrics_jax.models.layers.attention import attend
+from lyrics_jax.models.layers.dropout import dropout
+from lyrics_jax.models.layers.linear import Linear
+from lyrics_jax.models.layers.stack import Stack
 
 
 def test_attention_that_may_look_nowhere_is_zero():

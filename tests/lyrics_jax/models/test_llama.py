@@ -11,10 +11,10 @@ import transformers
 from flax import nnx
 from hugging_face import make_llama, state_of
 
-from lyrics_jax.config import LLMConfig
-from lyrics_jax.models.attention import segment_positions
-from lyrics_jax.models.decode import greedy
-from lyrics_jax.models.llama import LLaMA
+from lyrics_jax.models.llm.llama import LlamaSettings
+from lyrics_jax.models.layers.kernels import segment_positions
+from lyrics_jax.inference.decode import greedy
+from lyrics_jax.models.llm.llama import Llama
 
 BATCH, LENGTH = 3, 7
 VALID = np.arange(LENGTH) < np.array([[7], [5], [3]])
@@ -30,15 +30,15 @@ class Case:
   state: nnx.State
 
   @property
-  def ours(self) -> LLaMA:
+  def ours(self) -> Llama:
     return nnx.merge(self.graph, self.state)
 
 
 @pytest.fixture(scope="module", params=[4, 2, 1], ids=lambda n: f"kv_heads{n}")
 def case(request):
   theirs = make_llama(layers=3, kv_heads=request.param, spread=0.2)
-  config = LLMConfig(vocab_size=50, width=32, layers=3, heads=4, kv_heads=request.param, mlp_dim=48, train="full")
-  graph, state = nnx.split(LLaMA(config, rngs=nnx.Rngs(0)))
+  config = LlamaSettings(vocab_size=50, width=32, layers=3, heads=4, kv_heads=request.param, mlp_dim=48, lora=None)
+  graph, state = nnx.split(Llama(config, rngs=nnx.Rngs(0)))
   return Case(theirs, graph, state_of(theirs, state))
 
 

@@ -7,11 +7,13 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from lyrics_jax.config import LLMConfig, MeshConfig
-from lyrics_jax.models import attention
-from lyrics_jax.models.attention import causal_attention, causal_mask, segment_positions, select
-from lyrics_jax.models.llama import LLaMA
-from lyrics_jax.training.sharding import MESH_AXES, make_mesh
+from lyrics_jax.models.layers.compute import Compute
+from lyrics_jax.models.llm.llama import LlamaSettings
+from lyrics_jax.sharding import MeshSettings
+from lyrics_jax.models.layers import kernels
+from lyrics_jax.models.layers.kernels import causal_attention, causal_mask, segment_positions, select
+from lyrics_jax.models.llm.llama import Llama
+from lyrics_jax.sharding import MESH_AXES, make_mesh
 from refiner_export.common.settings import UserError
 
 BATCH, LENGTH = 4, 130  # two blocks of 128 tokens, the second one mostly padding
@@ -21,7 +23,7 @@ SEGMENTS = np.stack([np.repeat([1, 2, 0], [70, 50, 10]), np.ones(LENGTH), np.rep
 
 
 def llm(heads=4, kv_heads=2, width=8):
-  return LLMConfig(heads=heads, kv_heads=kv_heads, width=heads * width)
+  return LlamaSettings(heads=heads, kv_heads=kv_heads, width=heads * width)
 
 
 def run(name, query, key, value, segments=SEGMENTS, dtype=None):
@@ -45,7 +47,7 @@ def inputs(heads, kv_heads):
 
 @pytest.fixture(autouse=True)
 def _short_blocks(monkeypatch):
-  monkeypatch.setattr(attention, "_LONGEST_BLOCK", 128)
+  monkeypatch.setattr(kernels, "_LONGEST_BLOCK", 128)
 
 
 @pytest.mark.parametrize("heads, kv_heads, mesh", [(2, 2, None), (4, 2, (1, 1, 1)), (4, 2, (2, 2, 2))])
@@ -56,7 +58,7 @@ def test_splash_equals_xla(heads, kv_heads, mesh):
   if mesh is None:
     got = run("splash", q, k, v)
   else:
-    with jax.set_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[:int(np.prod(mesh))])):
+    with jax.set_mesh(make_mesh(MeshSettings(*mesh), jax.devices()[:int(np.prod(mesh))])):
       got = run("splash", q, k, v)
   for ours, theirs in zip(got, expected):
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)  # float32 sums in another order; values of size 1
@@ -109,11 +111,11 @@ def test_only_xla_makes_a_dense_mask():
 @pytest.mark.parametrize("kernel", ["splash", "xla"])
 def test_remat_may_keep_what_attention_gave(kernel):
   """With remat=attention its output and normaliser are computed once, with remat=full again in the backward pass."""
-  config = LLMConfig(vocab_size=5, width=16, layers=2, heads=2, kv_heads=2, mlp_dim=8, train="full")
+  config = LlamaSettings(vocab_size=5, width=16, layers=2, heads=2, kv_heads=2, mlp_dim=8, lora=None)
   segments = jnp.asarray(SEGMENTS)
 
   def program(remat):
-    graph, state = nnx.split(nnx.eval_shape(lambda: LLaMA(config, remat=remat, attention=kernel, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, Compute(remat=remat, attention=kernel), rngs=nnx.Rngs(0))))
     loss = lambda state, x: nnx.merge(graph, state)(x, segment_positions(segments), segments)[0].sum()
     x = jax.ShapeDtypeStruct((*segments.shape, config.width), jnp.float32)
     return str(jax.make_jaxpr(jax.grad(loss))(state, x))
@@ -165,13 +167,13 @@ def test_without_a_mesh_this_process_decides():
 
 @pytest.mark.parametrize("asked, shape, sizes, config, dtype, message", [
     ("splash", (4, 130), (1, 1, 4), llm(), "float32",
-     r"^config.model.attention=splash: config.mesh.tensor=4 does not divide config.model.llm.kv_heads=2; use auto or "),
+     r"^config.compute.attention=splash: config.mesh.tensor=4 does not divide the language model's kv_heads=2; use auto or "),
     ("splash", (4, 130), (8, 1, 1), llm(), "float32",
-     r"^config.model.attention=splash: 4 rows do not divide over config.mesh.data x config.mesh.fsdp = 8 devices; "),
-    ("cudnn", (4, 130), (1, 1, 1), llm(), "float32", r"attention=cudnn: it needs config.model.dtype=bfloat16; "),
+     r"^config.compute.attention=splash: 4 rows do not divide over config.mesh.data x config.mesh.fsdp = 8 devices; "),
+    ("cudnn", (4, 130), (1, 1, 1), llm(), "float32", r"attention=cudnn: it needs config.compute.dtype=bfloat16; "),
     ("cudnn", (4, 131), (1, 1, 1), llm(), "bfloat16", r"attention=cudnn: a conversation of 131 tokens is odd, "),
     ("cudnn", (4, 130), (1, 1, 1), llm(width=132), "bfloat16",
-     r"^config.model.attention=cudnn: heads of config.model.llm are 132 wide, it takes multiples of 8 up to 128; use auto"),
+     r"^config.compute.attention=cudnn: heads of the language model are 132 wide, it takes multiples of 8 up to 128; use auto"),
 ])
 def test_a_kernel_that_cannot_run(asked, shape, sizes, config, dtype, message):
   with on("tpu", sizes), pytest.raises(UserError, match=message):

@@ -9,8 +9,9 @@ import torch
 from flax import nnx
 from hugging_face import MODULES, as_ours, make_llama, state_of, tensors_at
 
-from lyrics_jax.config import LLMConfig, LoRAConfig
-from lyrics_jax.models.llama import LLaMA
+from lyrics_jax.models.llm.llama import LlamaSettings
+from lyrics_jax.models.layers.lora import LoRASettings
+from lyrics_jax.models.llm.llama import Llama
 
 RANK, ALPHA = 3, 12.0
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -20,10 +21,10 @@ IDS = np.random.default_rng(0).integers(0, 50, (BATCH, LENGTH)).astype(np.int32)
 POSITIONS = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), IDS.shape)
 
 
-def make(train="lora", **lora):
-  lora = LoRAConfig(**{"rank": RANK, "alpha": ALPHA, "dropout": 0.0, **lora})
-  config = LLMConfig(vocab_size=50, width=32, layers=2, heads=4, kv_heads=2, mlp_dim=48, train=train, lora=lora)
-  return nnx.split(LLaMA(config, rngs=nnx.Rngs(0)))
+def make(adapted=True, **lora):
+  lora = LoRASettings(**{"rank": RANK, "alpha": ALPHA, "dropout": 0.0, **lora}) if adapted else None
+  config = LlamaSettings(vocab_size=50, width=32, layers=2, heads=4, kv_heads=2, mlp_dim=48, lora=lora)
+  return nnx.split(Llama(config, rngs=nnx.Rngs(0)))
 
 
 def logits(graph, state, key=None):
@@ -56,7 +57,7 @@ def test_equals_peft(targets):
     return out, pullback(jnp.asarray(weights))[0]
 
   out, gradients = run(trained)
-  base_graph, base = make("full")
+  base_graph, base = make(adapted=False)
   assert np.abs(out - logits(base_graph, state_of(theirs, base))).max() > 0.01  # the adapters are not nothing
   real = SEGMENTS > 0
   np.testing.assert_allclose(out[real], said.detach().numpy()[real], atol=1e-5, rtol=1e-5)  # float32 in both
@@ -68,7 +69,7 @@ def test_equals_peft(targets):
 
 def test_fresh_adapters_add_exactly_nothing():
   graph, state = make(targets=TARGETS)
-  base_graph, _ = make("full")
+  base_graph, _ = make(adapted=False)
   flat = nnx.to_flat_state(state)
   assert all(not np.asarray(variable[...]).any() for path, variable in flat if path[-1] == "lora_b")
   base = nnx.from_flat_state([(path, variable) for path, variable in flat if not path[-1].startswith("lora_")])

@@ -1,14 +1,16 @@
 """The MQ-Former and the four losses of stage 1 against a plain reference that shares nothing with them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 import tiny
 from reference import Reference
 
-from lyrics_jax.models import masks
-from lyrics_jax.models.mq_former import spatial_and_caption
-from lyrics_jax.stages.align import hard_negatives, image_text_similarity
+from lyrics_jax.models.connectors import visibility
+from lyrics_jax.models.inputs import Pictures, merge_pictures, spatial_and_caption
+from lyrics_jax.objectives.itm import hard_negatives
 
 VARIANTS = [  # cross-attention frequency, activation, whether the caption's positions restart
     (2, "relu", True), (1, "gelu", False),
@@ -19,9 +21,9 @@ VARIANTS = [  # cross-attention frequency, activation, whether the caption's pos
 def case(request):
   """What the package computes, jitted at once, and the reference of the same parameters and batch."""
   frequency, activation, restart = request.param
-  config = tiny.make_config(model__mq_former__layers=4 if frequency == 2 else 2, batch_size=4,
-                            model__mq_former__cross_attention_frequency=frequency,
-                            model__mq_former__activation=activation, model__mq_former__restart_positions=restart)
+  config = tiny.make_config(stage__model__connector__former__layers=4 if frequency == 2 else 2, batch_size=4,
+                            stage__model__connector__former__cross_attention_frequency=frequency,
+                            stage__model__connector__former__activation=activation, stage__model__connector__former__restart_positions=restart)
   plan = tiny.make_plan(config)
   trained, frozen = tiny.make_parameters(plan, spread=0.2)
   batch = tiny.make_batch(config)
@@ -29,29 +31,37 @@ def case(request):
 
   def compute(trained, frozen, batch):
     model = plan.model(trained, frozen)
-    mq_former = model.perception.mq_former
-    pair = lambda ids, mask: (batch[ids], batch[mask])
-    spatial, caption = pair("spatial_ids", "spatial_mask"), pair("caption_ids", "caption_mask")
+    former = model.connector.former
+    spatial = merge_pictures(batch["spatial_ids"]), merge_pictures(batch["spatial_mask"])
+    caption = batch["caption_ids"], batch["caption_mask"]
     both = spatial_and_caption(spatial, caption, restart)
-    sources = model.perception.look(batch)
-    queries, context = mq_former.query_pass(sources)
-    similarity = image_text_similarity(model, queries, both, "mean", None)
+    icg = spatial_and_caption(None, (batch["icg_ids"], batch["caption_mask"]), restart)
+    msp = spatial_and_caption((merge_pictures(batch["msp_ids"]), spatial[1]), None, restart)
+    features = model.see(Pictures.of(batch))
+    pictures = model.key_values(features)
+    queries, context = model.encode_queries(pictures)
+    texts, similarity = model.encode_texts(both), {}
+    for pooling in ("mean", "max"):
+      model.settings = dataclasses.replace(model.settings, itc_pooling=pooling)
+      similarity[pooling] = model.similarity(model.encode_images(queries), texts)
+    model.settings = config.stage.model
     return {
-        "image_tokens": model.perception.image_norm(model.perception.vision(batch["image"], "float32")),
+        "image_tokens": model.connector.image_norm(features.image),
         "queries": queries,
-        "itc_text": mq_former.text_pass(both, masks.ITC, None),
-        "icg_text": mq_former.text_pass(spatial_and_caption(None, pair("icg_ids", "caption_mask"), restart), masks.ICG, context),
-        "msp_text": mq_former.text_pass(spatial_and_caption(pair("msp_ids", "spatial_mask"), None, restart), masks.MSP, context),
-        "itm": mq_former.joint_pass(sources, both, masks.ITM),
-        "instruct": mq_former.joint_pass(sources, both, masks.INSTRUCT),
-        "similarity": {"mean": similarity, "max": image_text_similarity(model, queries, both, "max", None)},
-        "negatives": hard_negatives(similarity, batch["caption_ids"], jax.random.key(0)),
-        "losses": plan.stage.loss(model, batch, None),
+        "itc_text": former.text_pass(both, visibility.ITC, None),
+        "icg_text": former.text_pass(icg, visibility.ICG, context),
+        "msp_text": former.text_pass(msp, visibility.MSP, context),
+        "itm": former.joint_pass(pictures, both, visibility.ITM),
+        "instruct": former.joint_pass(pictures, both, visibility.INSTRUCT),
+        "similarity": similarity,
+        "negatives": hard_negatives(similarity["mean"], batch["caption_ids"], jax.random.key(0)),
+        "losses": config.stage.loss(model, batch),
     }
 
   got = jax.device_get(jax.jit(compute)(trained, frozen, batch))
   parameters = tiny.numpy(trained | frozen)
-  return got, Reference(parameters, config, got["image_tokens"].astype(np.float64), batch), batch
+  reference = Reference(parameters, config, got["image_tokens"].astype(np.float64), batch)
+  return got, reference, reference.batch
 
 
 def close(got, expected, valid=None):

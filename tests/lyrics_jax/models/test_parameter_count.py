@@ -21,18 +21,32 @@ from collections import Counter
 import pytest
 import tiny
 
-from lyrics_jax.config import Config, DataConfig, LLMConfig, LoRAConfig, MQFormerConfig, ModelConfig
+from lyrics_jax.config import Config
+from lyrics_jax.data.conversations import Conversations
+from lyrics_jax.data.pairs import Pairs
+from lyrics_jax.data.settings import DataSettings
+from lyrics_jax.models.aligner import AlignerSettings
+from lyrics_jax.models.connectors.mq_former import MQFormerSettings
+from lyrics_jax.models.connectors.q_former import QFormerSettings
+from lyrics_jax.models.layers.lora import LoRASettings
+from lyrics_jax.models.llm.llama import LlamaSettings
+from lyrics_jax.models.vlm import VLMSettings
+from lyrics_jax.stage import Stage
 
-SHARED = {"mq_former": 196_406_784, "local_tokens": 402_432, "image_norm": 2_048}
+SHARED = {"former": 196_406_784, "local_tokens": 402_432, "image_norm": 2_048}
 VISION = 303_177_728  # CLIP ViT-L/14 at 224, without the final norm and the projection
 ALIGN = SHARED | {"itc_image": 393_472, "itc_text": 393_472, "itm": 1_538, "lm_head": 622_720, "temperature": 1}
 INSTRUCT = SHARED | {"projection": 3_937_280, "llm": 13_107_200}
 VICUNA = 13_015_864_320
+PUBLISHED = {  # the stages at the sizes that are the settings' defaults
+    "align": Stage(AlignerSettings(), tiny.align_stage().objectives, tiny.EVERYTHING),
+    "instruct": Stage(VLMSettings(), tiny.instruct_stage().objectives, tiny.LORA)}
 
 
-def plan_of(stage: str, **model):
-  config = Config(stage=stage, output="unused", model=ModelConfig(**model),
-                  data=DataConfig(records="unused", mq_former_tokenizer="unused", llm_tokenizer="unused"))
+def plan_of(stage: Stage):
+  rows = Pairs() if isinstance(stage.model, AlignerSettings) else Conversations()
+  data = DataSettings(records="unused", rows=rows, mq_former_tokenizer="unused", llm_tokenizer="unused")
+  config = Config(stage, output="unused", data=data)
   config.finalize()
   return tiny.make_plan(config)
 
@@ -40,11 +54,11 @@ def plan_of(stage: str, **model):
 @pytest.mark.parametrize("stage, trained, frozen", [
     ("align", ALIGN, {"vision": VISION}), ("instruct", INSTRUCT, {"vision": VISION, "llm": VICUNA})])
 def test_published_sizes(stage, trained, frozen):
-  plan = plan_of(stage)
+  plan = plan_of(PUBLISHED[stage])
   for expected, is_trained in ((trained, True), (frozen, False)):
     counts = Counter()
     for path in plan.paths(is_trained):
-      counts[re.sub("^perception/", "", path).split("/")[0]] += math.prod(plan.shapes[path].shape)
+      counts[path.removeprefix("connector/").split("/")[0]] += math.prod(plan.shapes[path].shape)
     assert counts == expected
     assert plan.count(is_trained) == sum(expected.values())
     assert re.search(rf"\nall .*{plan.count(is_trained):,}", plan.report())  # what a run logs at its start
@@ -52,8 +66,9 @@ def test_published_sizes(stage, trained, frozen):
 
 
 @pytest.mark.parametrize("change, more", [
-    ({"mq_former": MQFormerConfig(cross_attention_frequency=1)}, 30_726_144),
-    ({"llm": LLMConfig(lora=LoRAConfig(rank=64))}, 39_321_600),
+    ({"connector": QFormerSettings(former=MQFormerSettings(cross_attention_frequency=1))}, 30_726_144),
+    ({"llm": LlamaSettings(lora=LoRASettings(rank=64))}, 39_321_600),
 ])
 def test_what_could_be_the_difference_to_the_paper(change, more):
-  assert plan_of("instruct", **change).count(True) == 213_855_744 + more
+  stage = Stage(VLMSettings(**change), tiny.instruct_stage().objectives, tiny.LORA)
+  assert plan_of(stage).count(True) == 213_855_744 + more

@@ -8,8 +8,7 @@ import optax
 import pytest
 import tiny
 
-from lyrics_jax.config import MeshConfig
-from lyrics_jax.training.sharding import global_batch, make_mesh
+from lyrics_jax.sharding import MeshSettings, global_batch, make_mesh
 from lyrics_jax.training.step import initial_state, make_train_step
 
 _COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -18,8 +17,8 @@ BATCH = 16
 
 
 def collectives(sizes, negatives):
-  """{kind: sizes in elements} of the collectives in the compiled train step, and the sizes of the pictures' frozen features."""
-  config = tiny.make_config(batch_size=BATCH, mesh=MeshConfig(*sizes), align__itm_negatives=negatives)
+  """{kind: sizes in elements} of the collectives in a compiled train step, and sizes of the pictures' frozen features."""
+  config = tiny.make_config(batch_size=BATCH, mesh=MeshSettings(*sizes), stage__objectives__1__negatives=negatives)
   mesh = make_mesh(config.mesh)
   plan = tiny.make_plan(config)
   optimizer = optax.sgd(1e-2)
@@ -27,14 +26,16 @@ def collectives(sizes, negatives):
   step = make_train_step(plan, optimizer, lambda _: 0.0, mesh)
   batch = global_batch(mesh, tiny.make_batch(config))
   with jax.set_mesh(mesh):
-    program = step.lower(initial_state(plan, optimizer, mesh, trained), frozen, batch, jax.random.key(0)).compile().as_text()
+    state = initial_state(plan, optimizer, mesh, trained)
+    program = step.lower(state, frozen, batch, jax.random.key(0)).compile().as_text()
   found = {}
   for result, kind in _COLLECTIVE.findall(program):
     elements = sum(math.prod(map(int, filter(None, dims.split(",")))) for dims in _SHAPE.findall(result))
     found.setdefault(kind, []).append(elements)
-  vision, refiner = config.model.vision, config.model.refiner
-  local = refiner.feature_width + 4  # and a box
-  return found, sorted(BATCH * size for size in (vision.tokens * vision.width, refiner.detection_rows * local, refiner.mask_rows * local))
+  vision, local = config.stage.model.vision, config.stage.model.connector.local
+  width = local.feature_width + 4  # and a box
+  features = vision.tokens * vision.width, local.detection_rows * width, local.mask_rows * width
+  return found, sorted(BATCH * size for size in features)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from lyrics_jax.config import MeshConfig
+from lyrics_jax.sharding import MeshSettings
 from lyrics_jax.training import hosts
 from lyrics_jax.training.checkpoint import open_run
 from lyrics_jax.training.metrics import read
-from lyrics_jax.training.sharding import make_mesh
+from lyrics_jax.sharding import make_mesh
 from refiner_export.common.settings import UserError
 
 STEPS = 6
@@ -56,7 +56,7 @@ def assert_same_run(output, other):
 def one_process(request, make_run, start, tmp_path_factory):
   """(configuration, errors) of a run of one process with eight devices."""
   config = make_run(request.param, tmp_path_factory.mktemp("alone") / "run", steps=STEPS, checkpoint_every=3,
-                    mesh=MeshConfig(2, 2, 2), model__mq_former__dropout=0.1)
+                    mesh=MeshSettings(2, 2, 2), stage__model__connector__former__dropout=0.1)
   finish([start(config, devices=8)])
   return config
 
@@ -67,7 +67,7 @@ def elsewhere(config, output, **changes):
 
 def test_two_processes_train_like_one(one_process, start, tmp_path):
   """Two hosts of four devices, each host a slice of its own: gradients cross between them."""
-  config = elsewhere(one_process, tmp_path / "run", mesh=MeshConfig(2, 2, 2, slices=2))
+  config = elsewhere(one_process, tmp_path / "run", mesh=MeshSettings(2, 2, 2, slices=2))
   finish(on_hosts(start, config, 2))
   assert_same_run(config.output, one_process.output)
 
@@ -100,4 +100,4 @@ def test_a_mistaken_flag(flag, message):
 
 def test_slices_that_are_not_there():
   with pytest.raises(UserError, match="config.mesh.slices=2, but the devices here are of 1"):
-    make_mesh(MeshConfig(4, 2, 1, slices=2), jax.devices()[:8])
+    make_mesh(MeshSettings(4, 2, 1, slices=2), jax.devices()[:8])

@@ -6,13 +6,13 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from lyrics_jax.config import Config, DataConfig, MeshConfig, ModelConfig
-from lyrics_jax.models.quantised import SCALE, inputs_axis, quantise
+from lyrics_jax.config import Config, DataConfig, MeshSettings, ModelConfig
+from lyrics_jax.models.layers.int8 import SCALE, inputs_axis, quantise
 from lyrics_jax.training.checkpoint import Checkpoints
 from lyrics_jax.training.initialise import initial_parameters
-from lyrics_jax.training.sharding import make_mesh
+from lyrics_jax.sharding import make_mesh
 
-BLOCKS = ("llm/stack/", "perception/vision/stack/")
+BLOCKS = ("llm/stack/", "vision/stack/")
 
 
 def published(**model):
@@ -38,7 +38,7 @@ def test_vicuna_13b_in_int8_takes_about_half():
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_only_frozen_kernels_of_blocks_are_quantised(train):
-  plan = tiny.make_plan(tiny.make_config("instruct", model__llm__train=train, model__frozen_dtype="int8"))
+  plan = tiny.make_plan(tiny.make_config("instruct", stage__model__llm__train=train, compute__frozen_dtype="int8"))
   dtypes = {path: shape.dtype.name for path, shape in plan.shapes.items()}
   blocks = BLOCKS if train == "lora" else BLOCKS[1:]
   quantised = {path for path in dtypes if path.startswith(blocks) and path.endswith(("/kernel", "/weight"))}
@@ -51,7 +51,7 @@ def test_only_frozen_kernels_of_blocks_are_quantised(train):
 
 def in_int8(frozen):
   """The parameters of a float32 run in the form of an int8 run."""
-  plan, stored = tiny.make_plan(tiny.make_config("instruct", model__frozen_dtype="int8")), {}
+  plan, stored = tiny.make_plan(tiny.make_config("instruct", compute__frozen_dtype="int8")), {}
   for path, value in frozen.items():
     if path + SCALE in plan.shapes:
       stored[path], stored[path + SCALE] = quantise(value, inputs_axis(path))
@@ -72,7 +72,7 @@ def test_adapters_learn_nearly_the_same(one_device, gradients_on):
   config, batch, parameters, gradient, metrics = one_device
   if config.stage != "instruct":
     pytest.skip("stage 1 has no adapters")
-  here = tiny.make_config("instruct", model__frozen_dtype="int8", mesh=MeshConfig(1, 2, 2))
+  here = tiny.make_config("instruct", compute__frozen_dtype="int8", mesh=MeshSettings(1, 2, 2))
   trained, frozen = tiny.make_plan(config).split(parameters)
   rounded, rounded_metrics = gradients_on(here, 4, batch, trained | in_int8(frozen))
   assert rounded_metrics["loss"] == pytest.approx(metrics["loss"], rel=0.01)
@@ -85,16 +85,16 @@ def test_adapters_learn_nearly_the_same(one_device, gradients_on):
     ("float32", "int8", (2, 2, 2)), ("int8", "int8", (1, 1, 1)), ("int8", "float32", (1, 1, 1))])
 def test_a_run_starts_from_one_in_another_form(both, tmp_path, source, here, mesh):
   trained, frozen = both
-  config = tiny.make_config("instruct", model__frozen_dtype=source, output=str(tmp_path / "earlier"))
+  config = tiny.make_config("instruct", compute__frozen_dtype=source, output=str(tmp_path / "earlier"))
   earlier = Checkpoints(config.output)
   earlier.manager.save(1, args=ocp.args.Composite(parameters=ocp.args.StandardSave(trained)))
   earlier.save_frozen(frozen[source])
   earlier.close()
   (tmp_path / "earlier" / "config.json").write_text(config.to_json())
 
-  plan = tiny.make_plan(tiny.make_config("instruct", model__frozen_dtype=here, init_from=config.output))
+  plan = tiny.make_plan(tiny.make_config("instruct", compute__frozen_dtype=here, init_from=config.output))
   own = Checkpoints(str(tmp_path / "run"))
-  _, got = initial_parameters(plan, make_mesh(MeshConfig(*mesh), jax.devices()[:int(np.prod(mesh))]), own)
+  _, got = initial_parameters(plan, make_mesh(MeshSettings(*mesh), jax.devices()[:int(np.prod(mesh))]), own)
   assert list(got) == plan.paths(False) and all(got[path].dtype == plan.shapes[path].dtype for path in got)
   for path in got:
     if here == "int8":  # exactly, but for the last bit of a scale that another program computed

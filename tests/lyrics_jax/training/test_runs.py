@@ -13,12 +13,12 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from lyrics_jax.config import MeshConfig
+from lyrics_jax.sharding import MeshSettings
 from lyrics_jax.training.checkpoint import Checkpoints, open_run
 from lyrics_jax.training.initialise import initial_parameters
 from lyrics_jax.training.loop import train
 from lyrics_jax.training.metrics import read
-from lyrics_jax.training.sharding import make_mesh
+from lyrics_jax.sharding import make_mesh
 from refiner_export.common.settings import UserError
 
 
@@ -87,7 +87,7 @@ def test_frozen_parameters_are_saved_once(finished, make_run):
   assert parameters.keys() == set(plan.paths(True)) and frozen.keys() == set(plan.paths(False))
   assert not {str(key) for path, _ in jax.tree_util.tree_leaves_with_path(optimizer) for key in path} & {
       f"['{path}']" for path in frozen}
-  fresh = plan.initialise(tiny.one_device_mesh(plan.stage.config), 0)
+  fresh = plan.initialise(tiny.one_device_mesh(plan.config), 0)
   for path, value in frozen.items():  # untouched by forty steps; drawn in another process
     np.testing.assert_allclose(value, fresh[1][path], rtol=1e-6, atol=1e-7, err_msg=path)
   assert any(not np.allclose(parameters[path], fresh[0][path]) for path in parameters)
@@ -95,7 +95,7 @@ def test_frozen_parameters_are_saved_once(finished, make_run):
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 1, 1), marks=pytest.mark.slow)])
 def test_stage_2_begins_with_the_perception_of_stage_1(finished, make_run, tmp_path, sizes):
-  config = make_run("instruct", tmp_path / "run", init_from=str(finished), mesh=MeshConfig(*sizes))
+  config = make_run("instruct", tmp_path / "run", init_from=str(finished), mesh=MeshSettings(*sizes))
   mesh = make_mesh(config.mesh, jax.devices()[:int(np.prod(sizes))])
   checkpoints = Checkpoints(config.output)
   parts = initial_parameters(tiny.make_plan(config), mesh, checkpoints)
@@ -126,9 +126,9 @@ def refused(config, message):
     ({"data__records": "nowhere"}, r"no manifest.json in nowhere: run python -m refiner_export"),
     ({"data__mq_former_tokenizer": "nowhere"}, r"MQ-Former tokenizer: no such directory: nowhere"),
     ({"data__fingerprint": "another"}, r"made by refiner made-up \(none\), the configuration expects another"),
-    ({"model__mq_former__vocab_size": 100}, r"config.model.mq_former.vocab_size=100 is too small"),
+    ({"stage__model__connector__former__vocab_size": 100}, r"config.stage.model.connector.former.vocab_size=100 is too small"),
     ({"init_from": "nowhere"}, r"nowhere"),
-    ({"mesh": MeshConfig(3, 1, 1)}, r"config.mesh: .* does not give the 8 devices"),
+    ({"mesh": MeshSettings(3, 1, 1)}, r"config.mesh: .* does not give the 8 devices"),
     ({"batch_size": 12}, r"config.batch_size: 12 examples"),
 ])
 def test_what_is_missing_or_does_not_fit(make_run, tmp_path, changes, message):
@@ -139,7 +139,7 @@ def test_stage_2_without_its_tokenizer(make_run, tmp_path):
   refused(make_run("instruct", tmp_path / "run", data__llm_tokenizer="nowhere"), "language model tokenizer: no such directory: nowhere")
 
 
-@pytest.mark.parametrize("changes", [{"model__mq_former__mlp_dim": 64}, {"model__mq_former__layers": 3}, {"model__vision__mlp_dim": 64}],
+@pytest.mark.parametrize("changes", [{"stage__model__connector__former__mlp_dim": 64}, {"stage__model__connector__former__layers": 3}, {"stage__model__vision__mlp_dim": 64}],
                          ids=lambda changes: next(iter(changes)))
 def test_a_checkpoint_of_another_model(finished, make_run, tmp_path, changes):
   """Trained or frozen parameters of another shape; the saved configuration, which the message points to, is untouched."""
@@ -149,8 +149,8 @@ def test_a_checkpoint_of_another_model(finished, make_run, tmp_path, changes):
 
 
 def test_init_from_another_model(finished, make_run, tmp_path):
-  refused(make_run("instruct", tmp_path / "run", init_from=str(finished), model__mq_former__mlp_dim=64),
-          r"config.init_from=.*: parameter perception/mq_former/stack/.* has shape \(.*\) there, \(.*\) here")
+  refused(make_run("instruct", tmp_path / "run", init_from=str(finished), stage__model__connector__former__mlp_dim=64),
+          r"config.init_from=.*: parameter connector/former/stack/.* has shape \(.*\) there, \(.*\) here")
 
 
 def test_a_run_without_checkpoint(make_run, tmp_path):

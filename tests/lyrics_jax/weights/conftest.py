@@ -3,16 +3,16 @@
 import pathlib
 
 import pytest
-import tiny
+import small
 from own_environment import make_environment
 
 
 @pytest.fixture
 def make_config():
-  """Keyword arguments as those of `tiny.make_config`."""
+  """Keyword arguments as those of `small.make_config`."""
   def make(stage="align", **changes):
-    return tiny.make_config(stage, **({"model__mq_former__activation": "gelu", "model__mq_former__layers": 4,
-                                       "model__mq_former__cross_attention_frequency": 2} | changes))
+    return small.make_config(stage, **({"former__activation": "gelu", "former__layers": 4,
+                                        "former__cross_attention_frequency": 2} | changes))
   return make
 
 

@@ -24,7 +24,7 @@ def attention(name, width, source):
 
 def q_former(config: Config, words: int = WORDS) -> dict[str, torch.Tensor]:
   """The Q-Former with its heads, of the sizes of `config`."""
-  former, image = config.model.mq_former, config.model.vision.width
+  former, image = config.stage.model.connector.former, config.stage.model.vision.width
   width, bert, head = former.width, "Qformer.bert", "Qformer.cls.predictions"
   shapes = {"query_tokens": (1, former.visual_queries, width), "temp": (), f"{head}.bias": (words,),
             f"{bert}.embeddings.position_ids": (1, former.max_positions),
@@ -94,8 +94,8 @@ def vit_g(vision: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def random_clip(config: Config) -> transformers.CLIPVisionModel:
-  """Hugging Face's image encoder of the sizes of `config.model.vision`, with noise on every parameter."""
-  vision = config.model.vision
+  """Hugging Face's image encoder of the sizes of `config.stage.model.vision`, with noise on every parameter."""
+  vision = config.stage.model.vision
   clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
       hidden_size=vision.width, intermediate_size=vision.mlp_dim, num_hidden_layers=vision.layers,
       num_attention_heads=vision.heads, image_size=vision.image_size, patch_size=vision.patch_size,

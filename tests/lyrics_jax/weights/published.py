@@ -11,13 +11,13 @@ import transformers
 from lavis_layout import random_clip, with_noise
 
 from lyrics_jax.config import Config
-from lyrics_jax.weights import lyrics_names
+from lyrics_jax.weights import llama_names
 from lyrics_jax.weights.table import Entry
 
 
 def save_clip(config: Config, directory, text: bool = False, extra_layers: int = 0, **saving) -> transformers.CLIPVisionModel:
   """An image encoder, alone or as part of a whole CLIP; returns the encoder."""
-  vision = config.model.vision
+  vision = config.stage.model.vision
   if not text and not extra_layers:
     model = random_clip(config)
     model.save_pretrained(directory, **saving)
@@ -33,7 +33,7 @@ def save_clip(config: Config, directory, text: bool = False, extra_layers: int =
 
 
 def llama(config: Config) -> transformers.LlamaForCausalLM:
-  llm = config.model.llm
+  llm = config.stage.model.llm
   return with_noise(transformers.LlamaForCausalLM(transformers.LlamaConfig(
       vocab_size=llm.vocab_size, hidden_size=llm.width, num_hidden_layers=llm.layers, num_attention_heads=llm.heads,
       num_key_value_heads=llm.kv_heads, intermediate_size=llm.mlp_dim, rms_norm_eps=llm.norm_eps,
@@ -42,18 +42,18 @@ def llama(config: Config) -> transformers.LlamaForCausalLM:
 
 def given(entries: Mapping[str, Entry], parameters: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
   """The tensors that parameters, by path, become, by the names that the entries give them."""
-  layers = lambda path, entry: np.asarray(parameters[path]) if entry.stacked else [np.asarray(parameters[path])]
-  return {name: torch.tensor(entry.form.give(layer)) for path, entry in entries.items()
-          for name, layer in zip(entry.names, layers(path, entry), strict=True)}
+  tensors = {}
+  for path, entry in entries.items():
+    value = np.asarray(parameters[path])
+    for name, layer in zip(entry.names, value if entry.stacked else [value], strict=True):
+      tensors[name] = torch.tensor(np.ascontiguousarray(entry.form.give(layer)))
+  return tensors
 
 
 def trained_llama(config: Config, parameters) -> transformers.LlamaForCausalLM:
   """The language model of a run with these parameters, by path, as it was before LoRA: what a user would bring."""
-  entries = lyrics_names.entries(config.model, {path: shape for path, shape in tiny.make_plan(config).shapes.items()
-                                                if path.startswith("llm/")})
   model = llama(config)
-  model.load_state_dict({name.removeprefix(lyrics_names.LANGUAGE_PREFIX): tensor
-                         for name, tensor in given(entries, parameters).items()})
+  model.load_state_dict(given(llama_names.entries(tiny.make_plan(config).shapes), parameters))
   return model
 
 

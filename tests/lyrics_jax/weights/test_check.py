@@ -20,7 +20,7 @@ PARTS = {"align": ["vision", "mq-former", "itc", "itm", "icg", "msp"],
 def runs(tokenizer_directory, tmp_path_factory):
   """By stage: (run, exported directory). Stage 2 has LoRA and is trained in bfloat16; "adapter" is the same run."""
   folder, made = tmp_path_factory.mktemp("runs"), {}
-  for stage, changes in (("align", {}), ("instruct", {"model__dtype": "bfloat16"})):
+  for stage, changes in (("align", {}), ("instruct", {"compute__dtype": "bfloat16"})):
     config = make_run_config(stage, folder / stage, tokenizer_directory, **changes)
     save_run(config)
     made[stage] = config.output, str(folder / f"{stage}_hf")

@@ -4,20 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import tiny
 import torch
 import transformers
 from etils import epath
 from flax import nnx
 from lavis_layout import q_former, vit_g, with_noise
-from loaded import built
+from loaded import built, values_of
 from published import save_bin, save_clip
 
 from lyrics_jax.weights import blip2
 from lyrics_jax.weights import clip_names
 from lyrics_jax.weights.table import UNKNOWN
-from lyrics_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPVision
-from lyrics_jax.models.layers import LayerNorm
+from lyrics_jax.models.layers.norms import LayerNorm
+from lyrics_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD, ViT
 from refiner_export.common.settings import UserError
 
 TOLERANCE = 1e-4  # float32 in both, summed in another order
@@ -25,7 +26,7 @@ TOLERANCE = 1e-4  # float32 in both, summed in another order
 
 @pytest.fixture(scope="module")
 def config():
-  return tiny.make_config("align")
+  return small.make_config("align")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def pictures_of(vision):
 
 
 def ours(vision, values):
-  graph, state = built(lambda: CLIPVision(vision, rngs=nnx.Rngs(0)), values, "perception/vision")
+  graph, state = built(lambda: ViT(vision, rngs=nnx.Rngs(0)), values, "vision")
   return jax.jit(lambda state, pictures: nnx.merge(graph, state)(pictures, jnp.float32))(state, pictures_of(vision)[0])
 
 
@@ -54,32 +55,31 @@ def test_equals_clip(layout, config, shapes, tmp_path):
     path, more = tmp_path / "clip", {"max_shard_size": "4KB"} if layout == "shards" else {}
     theirs = save_clip(config, path, text=layout != "encoder alone", **more)
     assert (path / "model.safetensors.index.json").exists() == (layout == "shards")
-  source = clip_names.find(epath.Path(path), config.model, shapes)
+  source = clip_names.find(epath.Path(path), config.stage.model, shapes)
   assert UNKNOWN not in source.left_over
-  assert set(source.entries) == {name for name in shapes if name.startswith("perception/vision/")}
-  norm = "CLIP's final norm; that of the image tokens, which is trained, stands in its place"
-  assert len(source.left_over[norm]) == 2
+  assert set(source.entries) == {name for name in shapes if name.startswith("vision/")}
+  assert len(source.left_over[clip_names.FINAL_NORM]) == 2
   with torch.no_grad():
-    expected = theirs(pictures_of(config.model.vision)[1], output_hidden_states=True).hidden_states[-1].numpy()
-  difference = np.abs(ours(config.model.vision, source.found().values) - expected).max()
+    expected = theirs(pictures_of(config.stage.model.vision)[1], output_hidden_states=True).hidden_states[-1].numpy()
+  difference = np.abs(ours(config.stage.model.vision, values_of(source)) - expected).max()
   print(f"largest difference: {difference:.1e}")
   assert difference < TOLERANCE
 
 
 def test_the_last_layer_may_be_left_out(config, shapes, tmp_path):
   save_clip(config, tmp_path, extra_layers=1)
-  source = clip_names.find(epath.Path(tmp_path), config.model, shapes)
-  assert len(source.left_over["the last layer, whose output is not read"]) == 16
+  source = clip_names.find(epath.Path(tmp_path), config.stage.model, shapes)
+  assert len(source.left_over[clip_names.LAST_LAYER]) == 16
   save_clip(config, tmp_path, extra_layers=2)
-  with pytest.raises(UserError, match="has 4 layers, config.model.vision.layers=2; set config.model.vision.layers=4"):
-    clip_names.find(epath.Path(tmp_path), config.model, shapes)
+  with pytest.raises(UserError, match="has 4 layers, config.stage.model.vision.layers=2; set config.stage.model.vision.layers=4"):
+    clip_names.find(epath.Path(tmp_path), config.stage.model, shapes)
 
 
 @pytest.mark.parametrize("layout", ["hugging_face", "lavis"])
 def test_vit_g_from_blip_2(layout, tmp_path):
   """With the norm behind it, as `Blip2VisionModel` gives its last hidden state."""
-  config = tiny.make_config("align", model__vision__kind="eva", model__vision__norm_eps=1e-6, model__mq_former__activation="gelu")
-  vision, former = config.model.vision, config.model.mq_former
+  config = small.make_config("align", former__activation="gelu", **small.VIT_G)
+  vision, former = config.stage.model.vision, config.stage.model.connector.former
   model = with_noise(transformers.Blip2ForImageTextRetrieval(transformers.Blip2Config(
       vision_config=dict(hidden_size=vision.width, intermediate_size=vision.mlp_dim, num_hidden_layers=vision.layers,
                          num_attention_heads=vision.heads, image_size=vision.image_size, patch_size=vision.patch_size),
@@ -99,23 +99,23 @@ def test_vit_g_from_blip_2(layout, tmp_path):
     path = tmp_path
     model.save_pretrained(path)
     left_over = {"contrastive heads, which here read two pooled vectors"}
-  source = blip2.find(epath.Path(path), config.model, tiny.make_plan(config).shapes)
+  source = blip2.find(epath.Path(path), config.stage.model, tiny.make_plan(config).shapes)
   assert set(source.left_over) == left_over
-  values = source.found().values
-  graph, state = built(lambda: LayerNorm(vision.width, vision.norm_eps, rngs=nnx.Rngs(0)), values, "perception/image_norm")
+  values = values_of(source)
+  graph, state = built(lambda: LayerNorm(vision.width, vision.norm_eps, rngs=nnx.Rngs(0)), values, "connector/image_norm")
   with torch.no_grad():
     expected = model.vision_model(pictures_of(vision)[1]).last_hidden_state.numpy()
   assert np.abs(nnx.merge(graph, state)(ours(vision, values)) - expected).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"model__vision__heads": 4}, "num_attention_heads is 2, config.model.vision.heads=4; set config.model.vision.heads=2"),
-    ({"model__vision__kind": "eva"}, "need config.model.vision.kind=clip, which is eva"),
-    ({"model__vision__mlp_dim": 64}, "set config.model.vision.mlp_dim=32"),
+    ({"vision__heads": 4}, "num_attention_heads is 2, config.stage.model.vision.heads=4; set config.stage.model.vision.heads=2"),
+    (small.VIT_G, "set config.stage.model.vision.input_norm=True"),
+    ({"vision__mlp_dim": 64}, "set config.stage.model.vision.mlp_dim=32"),
 ])
 def test_another_size(change, words, config, tmp_path):
   save_clip(config, tmp_path)
-  other = tiny.make_config("align", **change)
+  other = small.make_config("align", **change)
   with pytest.raises(UserError) as error:
-    clip_names.find(epath.Path(tmp_path), other.model, tiny.make_plan(other).shapes)
+    clip_names.find(epath.Path(tmp_path), other.stage.model, tiny.make_plan(other).shapes)
   assert words in str(error.value)

@@ -1,14 +1,13 @@
 """JAX -> Hugging Face -> JAX: an exported directory, converted back, has every parameter bit by bit."""
 
-import dataclasses
-
 import numpy as np
 import pytest
+import small
 from safetensors.numpy import load_file, save_file
 from saved_run import make_run_config, save_run
 
 from lyrics_jax.weights.from_hf import convert
-from lyrics_jax.weights.lyrics_names import is_lora
+from lyrics_jax.weights.llama_names import is_lora
 from lyrics_jax.weights.to_hf import export
 from lyrics_jax.training.checkpoint import open_run
 from refiner_export.common.settings import UserError
@@ -17,13 +16,13 @@ from refiner_export.common.settings import UserError
 @pytest.fixture(scope="module")
 def run(tokenizer_directory, tmp_path_factory):
   """A run whose frozen parameters are in bfloat16, and its parameters."""
-  config = make_run_config("instruct", tmp_path_factory.mktemp("run") / "run", tokenizer_directory, model__frozen_dtype="bfloat16")
+  config = make_run_config("instruct", tmp_path_factory.mktemp("run") / "run", tokenizer_directory, compute__frozen_dtype="bfloat16")
   return config, save_run(config)
 
 
 def stored(output):
-  checkpoints, _ = open_run(output)
-  parameters = checkpoints.restore_parameters() | checkpoints.restore_frozen()
+  checkpoints, _ = open_run(str(output))
+  parameters = checkpoints.restore_some(checkpoints.stored_shapes())
   checkpoints.close()
   return {path: np.asarray(value) for path, value in parameters.items()}
 
@@ -36,19 +35,18 @@ def assert_identical(got, wanted):
 
 
 def test_stage_1(tokenizer_directory, tmp_path):
-  config = make_run_config("align", tmp_path / "run", tokenizer_directory, model__frozen_dtype="bfloat16")
+  config = make_run_config("align", tmp_path / "run", tokenizer_directory, compute__frozen_dtype="bfloat16")
   parameters = save_run(config)
   export(config.output, str(tmp_path / "hf"))
   convert(config, {"lyrics": str(tmp_path / "hf")}, str(tmp_path / "weights"))
   assert_identical(stored(tmp_path / "weights"), parameters)
 
 
-def test_stage_2_with_its_adapter_beside_the_language_model(run, tmp_path):
+def test_stage_2_with_its_adapter_beside_the_language_model(run, tokenizer_directory, tmp_path):
   """The language model's own weights come from where they always were: here, a run that has no adapter."""
   config, parameters = run
-  plain = dataclasses.replace(config, output=str(tmp_path / "plain"), model=dataclasses.replace(
-      config.model, llm=dataclasses.replace(config.model.llm, train="frozen")))
-  plain.finalize()
+  plain = make_run_config("instruct", tmp_path / "plain", tokenizer_directory, compute__frozen_dtype="bfloat16",
+                          **small.FROZEN)
   base = save_run(plain)
   export(plain.output, str(tmp_path / "merged"))
   export(config.output, str(tmp_path / "adapter"), lora="adapter")

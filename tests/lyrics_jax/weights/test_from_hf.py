@@ -9,32 +9,33 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
+import small
 import tiny
 import torch
 from absl import logging as absl_logging
 from lavis_layout import image_encoder, q_former, random_clip
+from loaded import values_of
 from published import llama, save_clip
 from safetensors.torch import load_file, save_file
 
-from lyrics_jax.config import MeshConfig
+from lyrics_jax.sharding import MeshSettings, make_mesh
 from lyrics_jax.weights import blip2
 from lyrics_jax.weights import clip_names
 from lyrics_jax.weights import llama_names
-from lyrics_jax.weights import read
+from lyrics_jax.weights import sources
 from lyrics_jax.weights.from_hf import convert
 from lyrics_jax.training.checkpoint import Checkpoints, open_run
 from lyrics_jax.training.initialise import initial_parameters
-from lyrics_jax.training.sharding import make_mesh
+from refiner_export.common import weight_files
 from refiner_export.common.settings import UserError
 
 
 @pytest.fixture(scope="module")
 def make_config():
   def make(stage="instruct", **changes):
-    return tiny.make_config(stage, **({"model__mq_former__activation": "gelu", "model__frozen_dtype": "bfloat16"} | changes))
+    return small.make_config(stage, **({"former__activation": "gelu", "compute__frozen_dtype": "bfloat16"} | changes))
   return make
 
 
@@ -56,8 +57,9 @@ def converted(make_config, published, tmp_path_factory):
 
 
 def stored(output) -> dict[str, np.ndarray]:
-  checkpoints, _ = open_run(output)
-  parameters = checkpoints.restore_parameters() | checkpoints.restore_frozen()
+  """All parameters of a run, read with Orbax."""
+  checkpoints, _ = open_run(str(output))
+  parameters = checkpoints.restore_some(checkpoints.stored_shapes())
   checkpoints.close()
   return {path: np.asarray(value) for path, value in parameters.items()}
 
@@ -66,11 +68,19 @@ def expected(config, published) -> dict[str, np.ndarray]:
   """A run's first parameters, with what each source has for it, read whole."""
   plan = tiny.make_plan(config)
   trained, frozen = plan.initialise(tiny.one_device_mesh(config), config.seed)
-  values = {path: np.asarray(value) for path, value in (trained | frozen).items()}
+  values = {path: np.asarray(value) for path, value in plan.turned(trained | frozen).items()}
   for find, kind in ((blip2.find, "blip2"), (llama_names.find, "llama"), (clip_names.find, "clip")):
-    for path, value in find(pathlib.Path(published[kind]), config.model, plan.shapes).found().values.items():
+    for path, value in values_of(find(pathlib.Path(published[kind]), config.stage.model, plan.shapes)).items():
       values[path] = np.concatenate([value.astype(values[path].dtype), values[path][len(value):]]) if value.ndim else value
   return values
+
+
+def first_parameters(config, mesh, output) -> dict[str, np.ndarray]:
+  """What a run begins with, as checkpoints have it; and the parameters themselves, by path."""
+  plan, checkpoints = tiny.make_plan(config), Checkpoints(str(output))
+  trained, frozen = initial_parameters(plan, mesh, checkpoints, sources.find(config.init_from, plan))
+  checkpoints.close()
+  return plan.turned(trained | frozen), trained | frozen
 
 
 def assert_same(got, wanted):
@@ -92,53 +102,46 @@ def test_everything_is_loaded_or_initialised(make_config, published, converted):
 
 def test_a_run_begins_with_it(make_config, converted, tmp_path):
   config = make_config(init_from=converted, seed=1)
-  checkpoints = Checkpoints(str(tmp_path / "run"))
-  trained, frozen = initial_parameters(tiny.make_plan(config), tiny.one_device_mesh(config), checkpoints)
-  checkpoints.close()
+  got, _ = first_parameters(config, tiny.one_device_mesh(config), tmp_path / "run")
   wanted = stored(converted)
-  for path, value in (trained | frozen).items():
+  for path, value in got.items():
     np.testing.assert_array_equal(np.asarray(value), wanted[path], err_msg=path)
 
 
 def test_a_run_on_eight_devices_begins_with_what_one_device_wrote(make_config, converted, tmp_path):
-  config = make_config(init_from=converted, mesh=MeshConfig(2, 2, 2))
-  checkpoints = Checkpoints(str(tmp_path / "run"))
-  trained, frozen = initial_parameters(tiny.make_plan(config), make_mesh(config.mesh), checkpoints)
-  checkpoints.close()
-  assert frozen["llm/stack/blocks/up/kernel"].addressable_shards[0].data.shape == (2, 8, 16)
+  config = make_config(init_from=converted, mesh=MeshSettings(2, 2, 2))
+  got, parameters = first_parameters(config, make_mesh(config.mesh), tmp_path / "run")
+  assert parameters["llm/stack/blocks/up/kernel"].addressable_shards[0].data.shape == (2, 8, 16)
   wanted = stored(converted)
-  for path, value in (trained | frozen).items():
+  for path, value in got.items():
     np.testing.assert_array_equal(np.asarray(value), wanted[path], err_msg=path)
 
 
 def test_on_eight_devices_it_is_the_same(make_config, published, converted, tmp_path):
-  config = make_config(mesh=MeshConfig(2, 2, 2))
+  config = make_config(mesh=MeshSettings(2, 2, 2))
   convert(config, published, str(tmp_path / "weights"))
   assert_same(stored(tmp_path / "weights"), stored(converted))
-  plan, mesh = tiny.make_plan(config), make_mesh(config.mesh)
-  like = {path: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=plan.shardings(mesh)[path])
-          for path, shape in plan.shapes.items() if not plan.stage.trains(path)}
-  checkpoints = Checkpoints(str(tmp_path / "weights"))
-  frozen = checkpoints.restore_frozen(like)
+  plan, checkpoints = tiny.make_plan(config), Checkpoints(str(tmp_path / "weights"))
+  frozen = checkpoints.restore_frozen(plan, plan.shardings(make_mesh(config.mesh), stored=True))
   checkpoints.close()
   assert frozen["llm/stack/blocks/up/kernel"].addressable_shards[0].data.shape == (2, 8, 16)
 
 
 def test_a_machine_without_the_devices_of_the_run(make_config, published, converted, tmp_path):
   """The weights of a run on sixteen devices; here are eight."""
-  convert(make_config(mesh=MeshConfig(-1, 16, 1)), published, str(tmp_path / "weights"))
+  convert(make_config(mesh=MeshSettings(-1, 16, 1)), published, str(tmp_path / "weights"))
   assert_same(stored(tmp_path / "weights"), stored(converted))
 
 
 def test_what_became_of_every_part_is_said_and_int8_is_made_later(make_config, published, tmp_path, caplog):
   absl_logging.use_absl_handler()
   caplog.set_level(logging.INFO, logger="absl")
-  convert(make_config(model__frozen_dtype="int8"), published, str(tmp_path / "weights"))
+  convert(make_config(compute__frozen_dtype="int8"), published, str(tmp_path / "weights"))
   clip, former = published["clip"], published["blip2"]
   assert f"left over, {clip}, CLIP's text encoder: " in caplog.text
   assert f"left over, {former}, contrastive heads, which here read two pooled vectors: vision_proj (2), text_proj (2)" in caplog.text
   assert f"left over, {former}, heads of stage 1: " in caplog.text
-  assert re.search(r"vision +5,344 +0\n", caplog.text) and re.search(r"mq_former/queries +32 +32\n", caplog.text)
+  assert re.search(r"vision +5,344 +0\n", caplog.text) and re.search(r"former/queries    +32 +32\n", caplog.text)
   values = stored(tmp_path / "weights")
   assert values["llm/head/kernel"].dtype == "bfloat16" and not any(path.endswith("_scale") for path in values)
 
@@ -149,7 +152,7 @@ def test_the_first_source_that_has_a_part_gives_it(make_config, published, tmp_p
   save_clip(config, tmp_path / "clip", text=True)  # other numbers
   convert(config, {"clip": str(tmp_path / "clip"), "blip2": str(tmp_path / "blip2.pth")}, str(tmp_path / "both"))
   token = load_file(tmp_path / "clip" / "model.safetensors")["vision_model.embeddings.class_embedding"]
-  np.testing.assert_array_equal(stored(tmp_path / "both")["perception/vision/class_token"], token.bfloat16().float())
+  np.testing.assert_array_equal(stored(tmp_path / "both")["vision/class_token"], token.bfloat16().float())
 
 
 # --- what is refused ---
@@ -193,7 +196,7 @@ def pickle_code(directory):
 QUERY, HEAD = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
 FAULTS = {
     "a truncated shard": (lambda d: truncate(sorted(d.glob("*.safetensors"))[0]), "is not a whole .safetensors file"),
-    "a missing shard": (lambda d: sorted(d.glob("*.safetensors"))[0].unlink(), "is not a whole .safetensors file"),
+    "a missing shard": (lambda d: sorted(d.glob("*.safetensors"))[0].unlink(), "cannot be read: No such file"),
     "a missing tensor": (lambda d: [change_shard(d, lambda t, q: t.pop(q)), reindex(d, lambda m: m.pop(QUERY))],
                          f"tensor {QUERY} is missing"),
     "a tensor that the index does not list": (lambda d: reindex(d, lambda m: m.pop(HEAD)), "does not list"),
@@ -206,10 +209,10 @@ FAULTS = {
     "an index with a whole path": (lambda d: reindex(d, lambda m: m.update({QUERY: "/etc/passwd"})),
                                    "nothing outside the directory is read"),
     "an index that is none": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "is not an index of shards"),
-    "a pickled file with code in it": (pickle_code, "holds pickled code, which is never run"),
+    "a pickled file with code in it": (pickle_code, "could only be opened by running code in it"),
     "a damaged config.json": (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
     "another model": (lambda d: (d / "config.json").write_text('{"num_attention_heads": 4}'),
-                      "set config.model.llm.heads=4"),
+                      "set config.stage.model.llm.heads=4"),
     "scaled positions": (lambda d: (d / "config.json").write_text('{"rope_scaling": {"type": "linear", "factor": 2}}'),
                          "its rotary positions are scaled (linear)"),
 }
@@ -229,12 +232,12 @@ def test_refused(fault, make_config, published, tmp_path):
 
 def test_an_error_while_writing_leaves_nothing(make_config, published, tmp_path, monkeypatch):
   """In the middle of the language model, when the trained parameters are written."""
-  real = read.Tensor.read
+  real = weight_files.Tensor.read
   def failing(tensor, index=None):
     if "layers.1.mlp" in tensor.name and any((tmp_path / ".weights.partial").glob("checkpoints/0/parameters/_METADATA")):
       raise OSError("No space left on device")
     return real(tensor, index)
-  monkeypatch.setattr(read.Tensor, "read", failing)
+  monkeypatch.setattr(weight_files.Tensor, "read", failing)
   with pytest.raises(OSError, match="No space left"):
     convert(make_config(), published, str(tmp_path / "weights"))
   assert os.listdir(tmp_path) == []
@@ -262,10 +265,10 @@ CONFIG = """
 import sys
 sys.path.insert(0, {tests!r})
 import tiny
-from lyrics_jax.config import Config, DataConfig
+from lyrics_jax.config import Config
 def get_config():
-  small = tiny.make_config("align", model__mq_former__activation="gelu")
-  return Config(output="unused", model=small.model, batch_size=8, data=small.data)
+  small = tiny.make_config("align", stage__model__connector__former__activation="gelu")
+  return Config(output="unused", stage=small.stage, batch_size=8, data=small.data)
 """
 
 
@@ -281,5 +284,5 @@ def test_from_the_command_line(make_config, published, tmp_path):
   assert "written: " in done.stderr and (tmp_path / "weights" / "config.json").exists()
   refused = run("from-hf", f"--config={tmp_path}/config.py", f"--llama={published['llama']}", f"--output={tmp_path}/more")
   assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
-  assert refused.stderr.startswith("error: ") and "stage align has no language model" in refused.stderr
+  assert refused.stderr.startswith("error: ") and "this model has no language model" in refused.stderr
   assert run("from-pytorch").returncode == 2

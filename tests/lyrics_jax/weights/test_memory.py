@@ -30,8 +30,8 @@ WRITE = """
 import sys
 import numpy as np
 from etils import epath
-from lyrics_jax.weights.read import Tensor
 from lyrics_jax.weights.stream import write_checkpoint
+from refiner_export.common.weight_files import Tensor
 shape = tuple(map(int, sys.argv[2:]))
 size = lambda part, whole: len(range(*part.indices(whole)))
 tensor = Tensor("a", shape, np.dtype(np.float32), lambda index: np.zeros([*map(size, index, shape)], np.float32))
@@ -85,10 +85,10 @@ def write_empty_llama(llm: LLMConfig, directory: pathlib.Path) -> int:
 
 @pytest.mark.slow
 def test_twice_the_largest_tensor_and_2_gb(tokenizer_directory, tmp_path):
-  config = make_run_config("instruct", tmp_path / "unused", tokenizer_directory, model__frozen_dtype="bfloat16",
-                           model__llm__layers=LAYERS, model__llm__width=WIDTH, model__llm__mlp_dim=MLP)
+  config = make_run_config("instruct", tmp_path / "unused", tokenizer_directory, compute__frozen_dtype="bfloat16",
+                           llm__layers=LAYERS, llm__width=WIDTH, llm__mlp_dim=MLP)
   save_clip(config, tmp_path / "clip")
-  largest = write_empty_llama(config.model.llm, tmp_path / "llama")
+  largest = write_empty_llama(config.stage.model.llm, tmp_path / "llama")
   sources = {kind: str(tmp_path / kind) for kind in ("clip", "llama")}
   used = peak(CONVERT, config.to_json(), json.dumps(sources), tmp_path / "converted")
   assert used < 2 * largest + BOUND < 2 * LAYERS * WIDTH * MLP

@@ -1,7 +1,6 @@
 """The exported processor gives the tokens and pixels of training, and CLIP's own preprocessing the same pixels."""
 
 import dataclasses
-import json
 import sys
 
 import numpy as np
@@ -13,18 +12,15 @@ from PIL import Image
 from saved_run import make_run_config
 from tokenizers import models, normalizers, pre_tokenizers
 
-from lyrics_jax.data.align_examples import AlignExamples
-from lyrics_jax.data.instruct_examples import InstructExamples
 from lyrics_jax.data.spatial import parse_boxes
-from lyrics_jax.data.tokenizers import load_llm_tokenizer, load_mq_former_tokenizer
-from lyrics_jax.weights import hf_settings
+from lyrics_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD
 from lyrics_jax.torch_model.processing_lyrics import LyricsProcessor, RefinerFeatures
-from lyrics_jax.weights.to_hf import write_tokenizers
-from lyrics_jax.models.clip import PIXEL_MEAN, PIXEL_STD
+from lyrics_jax.weights.formats import format_of
 
-QUESTION = ["Where is <box 1>, the dog?"]
-DIALOGUE = ["How many cats?", "Two.", "Where?", "At <box 0>.", "Sure?"]
-ANSWERED = ["How many cats?", "Two.", "Where?", "At <box 0>."]
+QUESTION = ["Where is <box 0.1>, the dog?"]
+DIALOGUE = ["How many cats?", "Two.", "Where?", "At <box 0.0>.", "Sure?"]
+VISUAL = ("image", "detection", "detection_mask", "masks", "masks_mask")
+ANSWERED = ["How many cats?", "Two.", "Where?", "At <box 0.0>."]
 ENDLESS = ["Tell me all.", "A cat " * 200, "More?", "No."]
 
 
@@ -34,17 +30,15 @@ def make_pair(tokenizer_directory, tmp_path_factory):
   def make(stage="instruct", **changes):
     config = make_run_config(stage, "unused", tokenizer_directory, **changes)
     directory = tmp_path_factory.mktemp("processor")
-    write_tokenizers(directory, config)
-    (directory / hf_settings.PROCESSOR).write_text(json.dumps(hf_settings.processor_settings(config)))
-    mq_former = load_mq_former_tokenizer(config.data.mq_former_tokenizer)
-    examples = (AlignExamples(config, mq_former) if stage == "align" else
-                InstructExamples(config, mq_former, load_llm_tokenizer(config.data.llm_tokenizer)))
+    format_of(config).write_processor(directory)
+    examples = config.data.rows.examples(config.data, config.fields, config.dimensions, config.stage.objectives)
     return examples, LyricsProcessor.from_pretrained(directory)
   return make
 
 
 def same_sight(got, expected, row=0):
   """Pixels to float32's last bits, local tokens exactly; training pads to a fixed number of rows."""
+  expected = {name: value[0] for name, value in expected.items() if name in VISUAL}  # of the only picture
   pixels = (expected["image"].astype(np.float64) / 255 - PIXEL_MEAN) / PIXEL_STD
   np.testing.assert_allclose(got["pixel_values"][row].numpy(), pixels.transpose(2, 0, 1), atol=1e-6)
   for name in ("detection", "masks"):
@@ -56,52 +50,55 @@ def same_sight(got, expected, row=0):
 
 def same_ids(got, expected, row=0, names=("spatial", "instruction")):
   for name in names:
-    ours, mask = expected[f"{name}_ids"], expected[f"{name}_mask"]
+    ours, mask = expected[f"{name}_ids"].reshape(-1), expected[f"{name}_mask"].reshape(-1)
     np.testing.assert_array_equal(got[f"{name}_ids"][row][got[f"{name}_mask"][row]], ours[mask])
 
 
 def same_conversation(got, expected, row=0):
-  kept, mask = got["attention_mask"][row].bool(), expected["llm_mask"]
+  kept, mask = got["attention_mask"][row].bool(), expected["segments"] > 0
   assert not kept.any() or kept[kept.nonzero()[0, 0]:].all()  # padding is at the left only
-  np.testing.assert_array_equal(got["input_ids"][row][kept], expected["llm_ids"][mask])
-  np.testing.assert_array_equal(got["image_slot"][row][kept], expected["image_slot"][mask])
+  np.testing.assert_array_equal(got["input_ids"][row][kept], expected["ids"][mask])
+  np.testing.assert_array_equal(got["image_slot"][row][kept], expected["slot"][mask])
   assert (got["image_slot"][row][~kept] == -1).all()
   if "labels" in got:
-    ids, trained = expected["llm_ids"][mask], expected["llm_targets"][mask]
+    ids, trained = expected["ids"][mask], expected["targets"][mask]
     np.testing.assert_array_equal(got["labels"][row][kept], np.where(trained, ids, -100))
     assert (got["labels"][row][~kept] == -100).all()
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"data__coordinates": "integer", "instruct__spatial_to_llm": True},
-    {"instruct__spatial_to_llm": True, "data__spatial_length": 60, "data__caption_length": 5, "data__llm_length": 250},
-    {"instruct__spatial_to_mq_former": False, "instruct__instruction_aware": False}, {"model__use_refiner": False},
-], ids=lambda changes: ", ".join(name.split("__")[1] for name in changes) or "default")
+    {}, {"data__coordinates": "integer", "data__rows__spatial_to_llm": True},
+    {"data__rows__spatial_to_llm": True, "data__spatial_length": 60, "data__caption_length": 5, "data__llm_length": 250},
+    {"connector__spatial": False, "connector__instruction": False}, {"data__use_refiner": False},
+], ids=lambda changes: ", ".join(name.split("__")[-1] for name in changes) or "default")
 def test_conversations_as_in_training(make_pair, records, changes):
   examples, processor = make_pair(**changes)
   asked = [QUESTION, DIALOGUE]
-  batch = processor(text=asked, refined=list(records[:2]))
+  batch = processor(text=asked, refined=[record.picture for record in records[:2]])
+  read = [name for name in ("spatial", "instruction") if f"{name}_ids" in examples.fields]
   for row, (record, texts) in enumerate(zip(records, asked)):
     expected = examples.prompt(record, texts)
     same_sight(batch, expected, row)
-    same_ids(batch, expected, row)
+    same_ids(batch, expected, row, read)
     same_conversation(batch, expected, row)
 
 
 @pytest.mark.parametrize("texts", [ANSWERED, ENDLESS])
 def test_conversations_to_train_on(make_pair, records, texts):
   examples, processor = make_pair()
-  same_conversation(processor(text=[texts], refined=records[0]), examples.prompt(records[0], texts))
+  same_conversation(processor(text=[texts], refined=records[0].picture), examples.prompt(records[0], texts))
 
 
 def test_objects_that_leave_the_picture(make_pair, make_record):
   """A box that is mostly outside is no object; one that is partly outside is clipped."""
   outside = np.array([[-0.9, 0, 0.1, 1], [-0.1, 0.1, 0.6, 0.5], [0.2, 0.2, 0.2, 0.4], [0, 0, 1, 1]], np.float32)
-  record = dataclasses.replace(make_record(3), boxes=outside, detection_boxes=np.tile(
+  whole = make_record(3)
+  picture = dataclasses.replace(whole.picture, boxes=outside, detection_boxes=np.tile(
       np.array([[0.0, 0.5, 0.4, 0.4], [-0.3, 0.5, 0.8, 0.4]], np.float32), (3, 1)))
-  examples, processor = make_pair(instruct__spatial_to_llm=True)
-  expected, got = examples.prompt(record, QUESTION), processor(text=QUESTION, refined=record)
-  assert not expected["masks_mask"][0] and expected["masks_mask"][1]
+  record = dataclasses.replace(whole, pictures=(picture,))
+  examples, processor = make_pair(data__rows__spatial_to_llm=True)
+  expected, got = examples.prompt(record, QUESTION), processor(text=QUESTION, refined=picture)
+  assert not expected["masks_mask"][0, 0] and expected["masks_mask"][0, 1]
   same_sight(got, expected)
   same_ids(got, expected)
   same_conversation(got, expected)
@@ -109,14 +106,14 @@ def test_objects_that_leave_the_picture(make_pair, make_record):
 
 def test_text_alone_and_pictures_without_refiner(make_pair, records, make_record):
   examples, processor = make_pair()
-  silent = dataclasses.replace(make_record(0, objects=0, rows=0), image=b"")
-  expected = examples.prompt(silent, ["Hi"])
-  assert (expected["image_slot"] == -1).all()
-  for got in (processor(text="Hi"), processor(text="Hi", refined=silent)):
-    same_sight(got, expected)
+  expected = examples.prompt(make_record(0, pictures=0), ["Hi"])
+  assert (expected["slot"] == -1).all()
+  for got in (processor(text="Hi"), processor(text="Hi", refined=RefinerFeatures())):
     same_conversation(got, expected)
-  blank = dataclasses.replace(make_record(0, objects=0, rows=0), image=records[1].image)
-  got = processor(images=records[1].image, text=["What?"])
+  image = records[1].picture.image
+  blank = make_record(0, objects=0, rows=0)
+  blank = dataclasses.replace(blank, pictures=(dataclasses.replace(blank.picture, image=image),))
+  got = processor(images=image, text=["What?"])
   same_sight(got, examples.prompt(blank, ["What?"]))
   same_ids(got, examples.prompt(blank, ["What?"]))
   same_conversation(got, examples.prompt(blank, ["What?"]))
@@ -125,7 +122,7 @@ def test_text_alone_and_pictures_without_refiner(make_pair, records, make_record
 def test_pairs_as_in_stage_1(make_pair, records):
   examples, processor = make_pair("align")
   captions = [record.captions[0] for record in records]
-  batch = processor(text=captions, refined=list(records))
+  batch = processor(text=captions, refined=[record.picture for record in records])
   for row, record in enumerate(records):
     expected = examples(record, np.random.default_rng(0), augment=False)
     same_sight(batch, expected, row)
@@ -133,7 +130,8 @@ def test_pairs_as_in_stage_1(make_pair, records):
     mask = expected["caption_mask"]
     np.testing.assert_array_equal(batch["icg_ids"][row][batch["caption_mask"][row]], expected["icg_ids"][mask])
     hidden = expected["msp_targets"] >= 0  # the processor masks nothing
-    whole = np.where(hidden, expected["spatial_ids"], expected["msp_ids"])[expected["spatial_mask"]]
+    spatial_mask = expected["spatial_mask"].reshape(-1)
+    whole = np.where(hidden, expected["spatial_ids"], expected["msp_ids"]).reshape(-1)[spatial_mask]
     np.testing.assert_array_equal(batch["msp_ids"][row][batch["spatial_mask"][row]], whole)
 
 
@@ -183,7 +181,7 @@ def word_level(vocabulary, unknown):
 
 def test_pixels_equal_clip(make_pair):
   """CLIPImageProcessor on Pillow, told not to crop, within a hundredth of a grey level."""
-  processor = make_pair(model__vision__image_size=224)[1]
+  processor = make_pair(vision__image_size=224)[1]
   picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 333, 3), np.uint8))
   clip = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
   clip = clip(size={"height": 224, "width": 224}, do_center_crop=False)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import small
 import tiny
 import torch
 from etils import epath
@@ -15,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lyrics_jax.weights import llama_names
-from lyrics_jax.weights import read
 from lyrics_jax.weights import stream
-from lyrics_jax.weights.read import Tensor, read_tensors
+from refiner_export.common import weight_files
+from refiner_export.common.weight_files import Tensor, read_tensors
 
 CHUNK = 256  # bytes
 
@@ -103,28 +104,28 @@ def test_an_error_while_reading_leaves_no_checkpoint(tmp_path):
 
 @pytest.fixture(params=["safetensors", "bin"])
 def source(request, tmp_path):
-  config = tiny.make_config("instruct", model__frozen_dtype="bfloat16")
+  config = small.make_config("instruct", compute__frozen_dtype="bfloat16")
   if request.param == "bin":
     save_bin(llama(config), tmp_path, shards=2)
   else:
     llama(config).save_pretrained(tmp_path, max_shard_size="10KB")
-  return llama_names.find(epath.Path(tmp_path), config.model, tiny.make_plan(config).shapes)
+  return llama_names.find(epath.Path(tmp_path), config.stage.model, tiny.make_plan(config).shapes)
 
 
 @pytest.mark.parametrize("path, index, sizes", [
-    ("llm/stack/blocks/q/weight", np.s_[1:2, 4:12, :], [16 * 8]),  # of one layer, and of that what is asked for
+    ("llm/stack/blocks/q/kernel", np.s_[1:2, 4:12, :], [16 * 8]),  # of one layer, and of that what is asked for
     ("llm/stack/blocks/down/kernel", np.s_[:, 8:16, :], [8 * 16] * 2),
     ("llm/head/kernel", np.s_[:, 10:20], [16 * 10]), ("llm/words/embedding", np.s_[40:48, :], [8 * 16])])
 def test_a_part_is_read_by_itself(path, index, sizes, source, monkeypatch):
   reads = []
-  real = read.Tensor.read
+  real = weight_files.Tensor.read
 
   def counted(tensor, index=None):
     value = real(tensor, index)
     reads.append(value.size)
     return value
 
-  monkeypatch.setattr(read.Tensor, "read", counted)
+  monkeypatch.setattr(weight_files.Tensor, "read", counted)
   whole = source.read(path)
   reads.clear()
   tensor = source.tensor(path, np.dtype("bfloat16"))
@@ -169,7 +170,7 @@ def test_a_type_that_numpy_lacks(tmp_path):
 
 
 def test_a_bin_index_is_checked_too(tmp_path):
-  save_bin(llama(tiny.make_config("instruct")), tmp_path, shards=2)
+  save_bin(llama(small.make_config("instruct")), tmp_path, shards=2)
   index = tmp_path / "pytorch_model.bin.index.json"
   index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.bin"}}))
   with pytest.raises(Exception, match="nothing outside the directory is read"):

@@ -10,6 +10,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 from PIL import Image
@@ -19,18 +20,18 @@ from saved_run import MANIFEST, make_run_config, save_run
 
 from lyrics_jax.config import Config
 from lyrics_jax.data.tokenizers import load_llm_tokenizer, load_mq_former_tokenizer
-from lyrics_jax.evaluation.answerer import Answerer
+from lyrics_jax.inference.generator import Generator
+from lyrics_jax.inference.loaded import LoadedModel
 from lyrics_jax.weights import lyrics_names
 from lyrics_jax.weights import to_hf
 from lyrics_jax.torch_model.modeling_lyrics import LyricsForConditionalGeneration
 from lyrics_jax.torch_model.processing_lyrics import LyricsProcessor, RefinerFeatures
-from lyrics_jax.weights.read import read_tensors
 from lyrics_jax.weights.to_hf import export
-from lyrics_jax.models.quantised import SCALE, dequantise, inputs_axis
-from lyrics_jax.stages import make_stage
-from lyrics_jax.training.parameters import ParameterPlan
+from lyrics_jax.models.layers.int8 import SCALE, dequantise
+from lyrics_jax.weights.llama_names import adapter_entries, is_lora
 from refiner_export.records.manifest import Manifest
 from refiner_export.common.settings import UserError, from_dict
+from refiner_export.common.weight_files import read_tensors
 
 PROMPTS = ["What is this?", "Where is the red ball?", "How many cats are in this picture, and what do they do?", "Hi"]
 NEW = 12  # tokens of an answer
@@ -51,8 +52,8 @@ class Exported:
 @pytest.fixture(scope="module")
 def exported(tokenizer_directory, tmp_path_factory) -> Exported:
   folder = tmp_path_factory.mktemp("exported")
-  config = make_run_config("instruct", folder / "run", tokenizer_directory, instruct__spatial_to_llm=True)
-  align = make_run_config("align", folder / "align_run", tokenizer_directory, model__frozen_dtype="bfloat16")
+  config = make_run_config("instruct", folder / "run", tokenizer_directory, data__rows__spatial_to_llm=True)
+  align = make_run_config("align", folder / "align_run", tokenizer_directory, compute__frozen_dtype="bfloat16")
   result = Exported(config, save_run(config), folder / "merged", folder / "adapter", align, save_run(align),
                     folder / "align")
   export(config.output, str(result.merged))
@@ -63,7 +64,7 @@ def exported(tokenizer_directory, tmp_path_factory) -> Exported:
 
 def read_back(directory, config) -> dict[str, np.ndarray]:
   """Our parameters, from the files of the model itself."""
-  entries = lyrics_names.entries(config.model, ParameterPlan.of(make_stage(config)).shapes)
+  entries = lyrics_names.entries(config.stage.model, tiny.make_plan(config).shapes)
   tensors = read_tensors(directory)
   inside = {path: entry for path, entry in entries.items() if entry.names[0] in tensors}
   assert sorted(name for entry in inside.values() for name in entry.names) == sorted(tensors)
@@ -87,31 +88,31 @@ def test_stage_2_comes_back_bit_by_bit_with_its_adapter(exported):
   ours = exported.parameters
   apart, merged = read_back(exported.adapter, exported.config), read_back(exported.merged, exported.config)
   assert_identical(apart, ours, [path for path in ours if not path.startswith("llm/")])
-  changed = [f"llm/stack/blocks/{name}/weight" for name in "qv"]
-  assert_identical(merged, ours, [path for path in ours if path not in changed and not lyrics_names.is_lora(path)])
-  shapes = ParameterPlan.of(make_stage(exported.config)).shapes
+  changed = [f"llm/stack/blocks/{name}/kernel" for name in "qv"]
+  assert_identical(merged, ours, [path for path in ours if path not in changed and not is_lora(path)])
+  shapes = tiny.make_plan(exported.config).shapes
   adapter = read_tensors(exported.adapter / "adapter" / "adapter_model.safetensors")
-  entries = lyrics_names.adapter_entries(exported.config.model, shapes)
-  assert entries.keys() == set(filter(lyrics_names.is_lora, ours))
+  entries = adapter_entries(shapes)
+  assert entries.keys() == set(filter(is_lora, ours))
   assert_identical({path: entry.read(adapter) for path, entry in entries.items()}, ours, entries)
-  scale = exported.config.model.llm.lora.alpha / exported.config.model.llm.lora.rank
+  scale = exported.config.stage.model.llm.lora.alpha / exported.config.stage.model.llm.lora.rank
   for path in changed:
-    a, b = (ours[path.replace("weight", leaf)] for leaf in ("lora_a", "lora_b"))
-    np.testing.assert_allclose(merged[path], ours[path] + scale * np.einsum("lnr,lrm->lmn", a, b), atol=1e-5)
+    a, b = (ours[path.replace("kernel", leaf)] for leaf in ("lora_a", "lora_b"))
+    np.testing.assert_allclose(merged[path], ours[path] + scale * (a @ b), atol=1e-5)
 
 
 def test_int8_is_written_out(tokenizer_directory, tmp_path):
-  config = make_run_config("instruct", tmp_path / "run", tokenizer_directory, model__frozen_dtype="int8")
+  config = make_run_config("instruct", tmp_path / "run", tokenizer_directory, compute__frozen_dtype="int8")
   ours = save_run(config)
   export(config.output, str(tmp_path / "merged"))
   tensors = read_tensors(tmp_path / "merged")
   assert not any("scale" in name for name in tensors)
-  lora = config.model.llm.lora
-  dequantised = lambda path, layer: dequantise(ours[path][layer], ours[path + SCALE][layer], inputs_axis(path))
+  lora = config.stage.model.llm.lora
+  dequantised = lambda path, layer: dequantise(ours[path][layer], ours[path + SCALE][layer])
   added = lambda path, layer: lora.alpha / lora.rank * ours[f"{path}/lora_a"][layer] @ ours[f"{path}/lora_b"][layer]
-  up, q = "perception/vision/stack/blocks/up", "llm/stack/blocks/q"
+  up, q = "vision/stack/blocks/up", "llm/stack/blocks/q"
   for name, expected in (("vision_model.encoder.layers.1.mlp.fc1", dequantised(f"{up}/kernel", 1).T),
-                         ("language_model.model.layers.1.self_attn.q_proj", dequantised(f"{q}/weight", 1) + added(q, 1).T)):
+                         ("language_model.model.layers.1.self_attn.q_proj", (dequantised(f"{q}/kernel", 1) + added(q, 1)).T)):
     got = tensors[f"{name}.weight"].read()
     assert got.dtype == "bfloat16"
     np.testing.assert_allclose(got.astype(np.float32), expected, rtol=2**-8)  # bfloat16 keeps 8 bits
@@ -196,15 +197,15 @@ print(json.dumps({"refusal": refusal, "batch": processor.answers(generated, batc
 """
 
 
-def run_alone(python, directory, align, record, size, tmp_path) -> dict:
+def run_alone(python, directory, align, picture, size, tmp_path) -> dict:
   """What `ALONE` prints; -I keeps out PYTHONPATH, the working directory and the user's own site directory.
 
   The picture is resized here.
   """
-  features = RefinerFeatures(tags=record.tags, boxes=record.boxes, mask_features=record.mask_features,
-                             detection_features=record.detection_features, detection_boxes=record.detection_boxes,
-                             text_boxes=record.text_boxes)
-  image = Image.open(io.BytesIO(record.image)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+  features = RefinerFeatures(tags=picture.tags, boxes=picture.boxes, mask_features=picture.mask_features,
+                             detection_features=picture.detection_features, detection_boxes=picture.detection_boxes,
+                             text_boxes=picture.text_boxes)
+  image = Image.open(io.BytesIO(picture.image)).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
   np.savez(tmp_path / "inputs.npz", image=np.asarray(image), **vars(features))
   environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
   line = [str(python), "-I", "-c", ALONE, str(directory), str(tmp_path / "inputs.npz"), str(NEW), json.dumps(PROMPTS),
@@ -216,14 +217,15 @@ def run_alone(python, directory, align, record, size, tmp_path) -> dict:
 
 @pytest.fixture(scope="module")
 def answers(exported, records) -> list[str]:
-  return Answerer(exported.config.output, len(PROMPTS), NEW).answer([(records[0], prompt) for prompt in PROMPTS])
+  generator = Generator(LoadedModel.open(exported.config.output), len(PROMPTS), NEW)
+  return generator.answer([(records[0], prompt) for prompt in PROMPTS])
 
 
 def test_the_same_answers_where_there_is_no_jax(exported, records, answers, python_alone, tmp_path):
   """Greedy texts of prompts of different lengths, in one batch and one by one, in an environment of their own."""
   assert len(set(answers)) > 1 and all(answers)
-  size = exported.config.model.vision.image_size
-  got = run_alone(python_alone, exported.merged, exported.align, records[0], size, tmp_path)
+  size = exported.config.stage.model.vision.image_size
+  got = run_alone(python_alone, exported.merged, exported.align, records[0].picture, size, tmp_path)
   assert got.pop("refusal") == ("images: Pillow is needed to decode and resize pictures: pip install pillow. Without it, "
                                 f"give uint8 arrays of shape ({size}, {size}, 3)")
   assert got == {"batch": answers, "alone": answers, "similarities": [len(PROMPTS)] * 2, "classes": [
@@ -237,7 +239,7 @@ def test_the_adapter_on_ones_own_llama(exported, records, answers, tmp_path):
   llama = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
   model = LyricsForConditionalGeneration.from_pretrained(exported.adapter, dtype=torch.float32).eval()
   processor = LyricsProcessor.from_pretrained(exported.adapter)
-  batch = processor(text=PROMPTS, refined=records[0])
+  batch = processor(text=PROMPTS, refined=records[0].picture)
   with pytest.raises(ValueError, match="holds no LLaMA: set model.language_model"):
     model(**batch)
   model.language_model = peft.PeftModel.from_pretrained(llama, exported.adapter / "adapter").eval()
@@ -249,7 +251,7 @@ def test_the_adapter_on_ones_own_llama(exported, records, answers, tmp_path):
 def test_every_way_of_generating(exported, records, settings):
   model = LyricsForConditionalGeneration.from_pretrained(exported.merged).eval()
   processor = LyricsProcessor.from_pretrained(exported.merged)
-  batch = processor(text=PROMPTS[:2], refined=records[1])
+  batch = processor(text=PROMPTS[:2], refined=records[1].picture)
   torch.manual_seed(0)
   generated = model.generate(**batch, max_new_tokens=5, **settings)
   length = batch["input_ids"].shape[1]
@@ -276,7 +278,7 @@ def test_devices_are_chosen(exported, records):
   """`device_map` places whole layers, so that the parts of a picture's way may lie on different devices."""
   pytest.importorskip("accelerate")
   model = LyricsForConditionalGeneration.from_pretrained(exported.merged, device_map="auto")
-  batch = LyricsProcessor.from_pretrained(exported.merged)(text=PROMPTS[:2], refined=records[1]).to(model.device)
+  batch = LyricsProcessor.from_pretrained(exported.merged)(text=PROMPTS[:2], refined=records[1].picture).to(model.device)
   plain = LyricsForConditionalGeneration.from_pretrained(exported.merged)
   generated = model.generate(**batch, max_new_tokens=5).cpu()
   assert torch.equal(generated, plain.generate(**batch.to("cpu"), max_new_tokens=5))
@@ -286,12 +288,12 @@ def test_bfloat16_and_saving_again(exported, records, tmp_path):
   model = LyricsForConditionalGeneration.from_pretrained(exported.merged, dtype=torch.bfloat16).eval()
   assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
   processor = LyricsProcessor.from_pretrained(exported.merged)
-  batch = processor(text="What?", refined=records[0])
+  batch = processor(text="What?", refined=records[0].picture)
   logits = model(**batch).logits
   model.save_pretrained(tmp_path)
   processor.save_pretrained(tmp_path)
   again = LyricsForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-  repeated = LyricsProcessor.from_pretrained(tmp_path)(text="What?", refined=records[0])
+  repeated = LyricsProcessor.from_pretrained(tmp_path)(text="What?", refined=records[0].picture)
   assert all(torch.equal(batch[name], repeated[name]) for name in batch)
   assert torch.equal(again(**repeated).logits, logits)
 

@@ -20,26 +20,26 @@ def build(config, parameters) -> torch.nn.Module:
   """The PyTorch model with these parameters, through the table of names; LoRA left out."""
   kind = LyricsForAlignment if config.stage == "align" else LyricsForConditionalGeneration
   model = kind(kind.config_class(**hf_settings.model_settings(config, apart=False))).eval()
-  entries = lyrics_names.entries(config.model, tiny.make_plan(config).shapes)
+  entries = lyrics_names.entries(config.stage.model, tiny.make_plan(config).shapes)
   model.load_state_dict(given(entries, parameters))  # strict: every tensor has a place, every place a tensor
   return model
 
 
 CASES = {  # besides the plain ones of test_check.py
-    "align": ("align", {"model__mq_former__activation": "gelu", "model__mq_former__restart_positions": False,
-                        "model__vision__kind": "eva", "align__itc_pooling": "max"}),
-    "instruct, grouped keys": ("instruct", {"model__llm__kv_heads": 1, "model__llm__rope_theta": 500.0}),
-    "instruct, no text in the MQ-Former": ("instruct", {"instruct__instruction_aware": False,
-                                                        "instruct__spatial_to_mq_former": False}),
-    "instruct, one kind of queries": ("instruct", {"model__mq_former__visual_queries": 4,
-                                                   "model__mq_former__grounding_queries": 0}),
+    "align": ("align", {"former__activation": "gelu", "former__restart_positions": False,
+                        "vision__kind": "eva", "stage__model__itc_pooling": "max"}),
+    "instruct, grouped keys": ("instruct", {"llm__kv_heads": 1, "llm__rope_theta": 500.0}),
+    "instruct, no text in the MQ-Former": ("instruct", {"connector__instruction": False,
+                                                        "connector__spatial": False}),
+    "instruct, one kind of queries": ("instruct", {"former__visual_queries": 4,
+                                                   "former__grounding_queries": 0}),
 }
 
 
 @pytest.mark.parametrize("stage, changes", CASES.values(), ids=CASES)
 def test_logits_agree(stage, changes):
-  config = tiny.make_config(stage, **{"model__mq_former__layers": 4, "model__mq_former__cross_attention_frequency": 2,
-                                      "model__llm__train": "full", **changes})
+  config = small.make_config(stage, **{"former__layers": 4, "former__cross_attention_frequency": 2,
+                                      "llm__train": "full", **changes})
   plan = tiny.make_plan(config)
   parameters = random_parameters(plan)
   batch = tiny.make_batch(config, rows=3)

@@ -48,8 +48,8 @@ def trained(make_record, tokenizer_directory, tmp_path_factory) -> Trained:
       "instruct", folder / "run", tokenizer_directory, data__records=write_records(records, folder / "records"),
       steps=STEPS, batch_size=16, log_every=10, checkpoint_every=STEPS, optimizer__peak_lr=1e-2,
       optimizer__weight_decay=0.0,
-      instruct__system_message="A chat.", model__llm__width=32, model__llm__mlp_dim=64,
-      model__llm__lora=LoRAConfig(rank=8, alpha=16.0, dropout=0.0, targets=("q", "v", "o", "up", "down")),
+      instruct__system_message="A chat.", llm__width=32, llm__mlp_dim=64,
+      llm__lora=LoRAConfig(rank=8, alpha=16.0, dropout=0.0, targets=("q", "v", "o", "up", "down")),
       data__llm_length=80, data__spatial_length=48, data__buckets=(1.0,), data__crop_scale=(1.0, 1.0), data__flip=False)
   train(config)
   pictures = RecordDirectory(folder / "records")

@@ -26,17 +26,17 @@ from lyrics_jax.weights.table import UNKNOWN, part
 from lyrics_jax.models.clip import PIXEL_MEAN, PIXEL_STD
 from lyrics_jax.models.lyrics import Perception
 from lyrics_jax.training.checkpoint import open_run
-from refiner_export.refiners.checkpoints import load_state_dict
+from refiner_export.common.weight_files import load_state_dict
 from refiner_export.common.settings import UserError
 
 TOLERANCE = 1e-4  # float32 in both, summed in another order; post-norm outputs are of size 1
-CHANGES = {"model__vision__kind": "eva", "model__vision__norm_eps": 1e-6, "model__mq_former__activation": "gelu",
-           "model__mq_former__layers": 4, "model__mq_former__cross_attention_frequency": 2,
-           "model__mq_former__grounding_queries": 3, "model__refiner__mask_rows": 0}
+CHANGES = {"vision__kind": "eva", "vision__norm_eps": 1e-6, "former__activation": "gelu",
+           "former__layers": 4, "former__cross_attention_frequency": 2,
+           "former__grounding_queries": 3, "local__mask_rows": 0}
 
 
 def make_config(stage="instruct", **changes):
-  return tiny.make_config(stage, **(CHANGES | changes))
+  return small.make_config(stage, **(CHANGES | changes))
 
 
 class Published(torch.nn.Module):
@@ -44,7 +44,7 @@ class Published(torch.nn.Module):
 
   def __init__(self, config):
     super().__init__()
-    vision, former, refiner = config.model.vision, config.model.mq_former, config.model.refiner
+    vision, former, refiner = config.stage.model.vision, config.stage.model.connector.former, config.stage.model.connector.local
     self.visual_queries = former.visual_queries
     count = former.visual_queries + former.grounding_queries
     self.vision_model = transformers.Blip2VisionModel(transformers.Blip2VisionConfig(
@@ -63,7 +63,7 @@ class Published(torch.nn.Module):
     self.qformer.embeddings = torch.nn.ModuleDict({
         "word_embeddings": torch.nn.Embedding(former.vocab_size, former.width),
         "position_embeddings": torch.nn.Embedding(former.max_positions, former.width)})
-    self.language_projection = torch.nn.Linear(former.width, config.model.llm.width)
+    self.language_projection = torch.nn.Linear(former.width, config.stage.model.llm.width)
     with_noise(self.eval())
     self.language_model = llama(config)
 
@@ -92,7 +92,7 @@ class Published(torch.nn.Module):
 
 def settings_of(config) -> dict:
   """Their config.json; what it does not say are their defaults."""
-  vision, former, llm = config.model.vision, config.model.mq_former, config.model.llm
+  vision, former, llm = config.stage.model.vision, config.stage.model.connector.former, config.stage.model.llm
   return {"model_type": "blip-2", "num_query_tokens": former.visual_queries + former.grounding_queries,
           "vision_config": {"hidden_size": vision.width, "num_hidden_layers": vision.layers, "layer_norm_eps": vision.norm_eps},
           "qformer_config": {"num_vit_query_tokens": former.visual_queries, "num_dino_query_tokens": former.grounding_queries,
@@ -120,25 +120,25 @@ def save(tmp_path):
 def test_perception_and_projection_are_equal(published, save):
   config = make_config()
   shapes = tiny.make_plan(config).shapes
-  source = ziya.find(save(published.tensors()), config.model, shapes)
+  source = ziya.find(save(published.tensors()), config.stage.model, shapes)
   assert set(source.left_over) == {"position numbers", "the refiner, for refiner_export"}
   initialised = {path for path in shapes if path not in source.entries}
-  assert initialised == {"perception/local_tokens/mask/kernel", "perception/local_tokens/mask/bias",
+  assert initialised == {"connector/local_tokens/mask/kernel", "connector/local_tokens/mask/bias",
                          *(f"llm/stack/blocks/{name}/{leaf}" for name in "qv" for leaf in ("lora_a", "lora_b"))}
   values = source.found().values
-  rng, size = np.random.default_rng(0), config.model.vision.image_size
+  rng, size = np.random.default_rng(0), config.stage.model.vision.image_size
   pictures = rng.integers(0, 256, (2, size, size, 3), np.uint8)
   rows = rng.standard_normal((2, 4, 12 + 4)).astype(np.float32)  # of which the boxes are not to count
   batch = {"image": pictures, "detection": rows, "detection_mask": np.ones((2, 4), bool), "masks": np.zeros((2, 0, 16), np.float32),
            "masks_mask": np.zeros((2, 0), bool)}
-  graph, state = built(lambda: Perception(config.model, rngs=nnx.Rngs(0)), values, "perception")
+  graph, state = built(lambda: Perception(config.stage.model, rngs=nnx.Rngs(0)), values, "perception")
 
   @jax.jit
   def run(state, batch):
     perception = nnx.merge(graph, state)
     return perception.mq_former.query_pass(perception.look(batch))[0]
 
-  ours = run(state, jax.tree.map(jnp.asarray, batch)) @ values["projection/kernel"] + values["projection/bias"]
+  ours = run(state, jax.tree.map(jnp.asarray, batch)) @ values["connector/projection/kernel"] + values["connector/projection/bias"]
   pixels = torch.tensor(((pictures / 255 - PIXEL_MEAN) / PIXEL_STD).transpose(0, 3, 1, 2)).float()
   difference = np.abs(ours - published(pixels, torch.tensor(rows[..., :12])).numpy()).max()
   print(f"largest difference: {difference:.1e}")
@@ -157,14 +157,14 @@ def test_converted_with_its_refiner(published, save, tmp_path):
     for name, tensor in expected.items():
       assert torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype, name
   checkpoints, _ = open_run(tmp_path / "weights")
-  queries = checkpoints.restore_parameters()["perception/mq_former/queries"]
+  queries = checkpoints.restore_parameters()["connector/former/queries"]
   checkpoints.close()
   np.testing.assert_array_equal(queries, tensors["query_tokens"][0])
 
 
 def test_the_pre_training_model_has_the_heads_of_stage_1(published, save):
   config = make_config("align")
-  width, words = config.model.mq_former.width, config.model.mq_former.vocab_size
+  width, words = config.stage.model.connector.former.width, config.stage.model.connector.former.vocab_size
   tensors = {name.replace("qformer.", "qformer.bert.", 1): tensor for name, tensor in published.tensors().items()
              if not name.startswith("language")}
   head = "qformer.cls.predictions"
@@ -175,7 +175,7 @@ def test_the_pre_training_model_has_the_heads_of_stage_1(published, save):
   tensors |= {"temp": torch.tensor(0.05), f"{head}.bias": torch.randn(words), f"{head}.decoder.bias": torch.randn(words),
               f"{head}.decoder.weight": torch.randn(words, width)}
   shapes = tiny.make_plan(config).shapes
-  source = ziya.find(save(tensors), config.model, shapes)
+  source = ziya.find(save(tensors), config.stage.model, shapes)
   assert UNKNOWN not in source.left_over
   assert {part(path) for path in shapes if path not in source.entries} == {"itc_image", "itc_text", "local_tokens"}
   np.testing.assert_array_equal(source.read("itm/kernel"), tensors["itm_head.weight"].T)
@@ -183,22 +183,22 @@ def test_the_pre_training_model_has_the_heads_of_stage_1(published, save):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"model__mq_former__grounding_queries": 2}, "num_dino_query_tokens is 3, config.model.mq_former.grounding_queries=2"),
-    ({"model__vision__kind": "clip"}, "its image encoder is ViT-g; set config.model.vision.kind=eva"),
-    ({"model__vision__norm_eps": 1e-5}, "set config.model.vision.norm_eps=1e-06"),
-    ({"model__refiner__feature_width": 8}, "set config.model.refiner.feature_width=12"),
-    ({"model__mq_former__activation": "relu"}, "set config.model.mq_former.activation=gelu"),
-    ({"model__llm__heads": 4, "model__llm__kv_heads": 4}, "set config.model.llm.heads=2"),
+    ({"former__grounding_queries": 2}, "num_dino_query_tokens is 3, config.stage.model.connector.former.grounding_queries=2"),
+    ({"vision__kind": "clip"}, "its image encoder is ViT-g; set VISIONKIND=eva"),
+    ({"vision__norm_eps": 1e-5}, "set config.stage.model.vision.norm_eps=1e-06"),
+    ({"local__feature_width": 8}, "set config.stage.model.connector.local.feature_width=12"),
+    ({"former__activation": "relu"}, "set config.stage.model.connector.former.activation=gelu"),
+    ({"llm__heads": 4, "llm__kv_heads": 4}, "set config.stage.model.llm.heads=2"),
 ])
 def test_another_configuration(change, words, published, save):
   config = make_config(**change)
   with pytest.raises(UserError) as error:
-    ziya.find(save(published.tensors()), config.model, tiny.make_plan(config).shapes)
+    ziya.find(save(published.tensors()), config.stage.model, tiny.make_plan(config).shapes)
   assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_query_counts_that_config_json_does_not_say(published, save):
-  with pytest.raises(UserError, match="num_vit_query_tokens is 32, config.model.mq_former.visual_queries=2"):
+  with pytest.raises(UserError, match="num_vit_query_tokens is 32, config.stage.model.connector.former.visual_queries=2"):
     ziya.find(save(published.tensors(), settings={"model_type": "blip-2"}), make_config().model, tiny.make_plan(make_config()).shapes)
 
 
@@ -206,10 +206,10 @@ def test_incomplete_and_foreign(published, save):
   config, key = make_config(), "qformer.encoder.layer.2.detection_crossattention.attention.key.weight"
   shapes, tensors = tiny.make_plan(config).shapes, published.tensors()
   with pytest.raises(UserError, match="detection_crossattention.self.key.weight is missing"):
-    ziya.find(save({name: tensor for name, tensor in tensors.items() if name != key}), config.model, shapes)
+    ziya.find(save({name: tensor for name, tensor in tensors.items() if name != key}), config.stage.model, shapes)
   with pytest.raises(UserError, match="no detection_crossattention in it; name a directory of Ziya"):
-    ziya.find(save({"a": torch.zeros(2)}), config.model, shapes)
-  assert ziya.find(save(tensors | {"extra": torch.zeros(2)}), config.model, shapes).left_over[UNKNOWN] == ["extra"]
+    ziya.find(save({"a": torch.zeros(2)}), config.stage.model, shapes)
+  assert ziya.find(save(tensors | {"extra": torch.zeros(2)}), config.stage.model, shapes).left_over[UNKNOWN] == ["extra"]
 
 
 THEIR_SETTINGS = {  # config.json as the authors' code writes it, so far as it is read here; text_config is Vicuna-13B's
@@ -244,7 +244,7 @@ def test_the_published_size(tmp_path):
     file.truncate(8 + len(text) + end)  # without blocks on the disk
   (tmp_path / "config.json").write_text(json.dumps(THEIR_SETTINGS))
   shapes = tiny.make_plan(config).shapes
-  source = ziya.find(epath.Path(tmp_path), config.model, shapes)
+  source = ziya.find(epath.Path(tmp_path), config.stage.model, shapes)
   source.require_known()
   assert {part(path) for path in shapes if path not in source.entries} == {"local_tokens", "llm"}  # mask tokens' map, LoRA
   size = sum(math.prod(source.shape(path)) for path in source.entries)

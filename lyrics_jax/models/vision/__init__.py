@@ -1,0 +1,1 @@
+"""Image encoders: a picture becomes a sequence of tokens."""
