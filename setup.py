@@ -1,6 +1,6 @@
 """Packaging of both packages. These are the ranges that should work; constraints.txt has the exact versions tested.
 
-A machine that exports installs no JAX, and one that trains no PyTorch. The base is what both share; an extra adds to it.
+A machine that exports installs no JAX, one that trains no PyTorch. The base is what both share; an extra adds to it.
 """
 
 from setuptools import find_packages, setup

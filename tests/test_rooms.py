@@ -33,7 +33,7 @@ ORDER = [
     ["lyrics_jax/torch_model"],
     ["lyrics_jax/sharding.py", "lyrics_jax/data/batch.py"],
     ["lyrics_jax/models/layers"],
-    ["lyrics_jax/models/connectors/visibility.py"],
+    ["lyrics_jax/models/visibility.py"],
     ["lyrics_jax/models/inputs.py"],
     ["lyrics_jax/models/vision", "lyrics_jax/models/llm"],
     ["lyrics_jax/models/connectors"],

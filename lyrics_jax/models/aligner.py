@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lyrics_jax.models.base import PICTURE_FIELDS, ModelSettings
-from lyrics_jax.models.connectors import visibility
+from lyrics_jax.models import visibility
 from lyrics_jax.models.connectors.key_values import KeyValue, PictureKeyValues
 from lyrics_jax.models.connectors.mq_former import MQFormerSettings
 from lyrics_jax.models.connectors.q_former import QFormer, QFormerSettings

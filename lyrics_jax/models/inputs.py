@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lyrics_jax.models.layers.parameter import Array
-from lyrics_jax.models.connectors.visibility import C, S
+from lyrics_jax.models.visibility import C, S
 
 TokenIds = tuple[Array, Array]  # int32[B, T] token ids, and bool[B, T], False on padding
 

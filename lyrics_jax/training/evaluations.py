@@ -33,8 +33,8 @@ class EvaluationSettings(Settings):
   def check_run(self, config: Any, path: str) -> None:
     """Raises `UserError` for a run that cannot be evaluated so. `path` is the dotted name of these settings."""
     require(self.every % config.log_every == 0,
-            f"{path}.every={self.every} is not a multiple of config.log_every={config.log_every}: figures are written with "
-            "the metrics of their step")
+            f"{path}.every={self.every} is not a multiple of config.log_every={config.log_every}: figures are written "
+            "with the metrics of their step")
 
   def check(self, path: str) -> None:
     require(self.every > 0, f"{path}.every={self.every} must be positive")

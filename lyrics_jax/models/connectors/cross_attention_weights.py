@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lyrics_jax.models.connectors import visibility as see
+from lyrics_jax.models import visibility as see
 from lyrics_jax.models.connectors.key_values import PictureKeyValues, Seen
 from lyrics_jax.models.connectors.mq_former import Hidden, LayerGroup, MQFormer
 from lyrics_jax.models.connectors.sight import Sight

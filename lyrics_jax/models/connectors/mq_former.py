@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lyrics_jax.models.connectors import visibility as see
+from lyrics_jax.models import visibility as see
 from lyrics_jax.models.connectors.key_values import KeyValue, PictureKeyValues, Seen
 from lyrics_jax.models.connectors.sight import Sight
-from lyrics_jax.models.connectors.visibility import Visibility
+from lyrics_jax.models.visibility import Visibility
 from lyrics_jax.models.inputs import Text
 from lyrics_jax.models.layers.activations import ACTIVATIONS
 from lyrics_jax.models.layers.compute import Compute

@@ -5,7 +5,7 @@ import dataclasses
 from flax import nnx
 
 from lyrics_jax.data.batch import Dimensions
-from lyrics_jax.models.connectors import visibility
+from lyrics_jax.models import visibility
 from lyrics_jax.models.connectors.base import ConnectorSettings
 from lyrics_jax.models.connectors.key_values import PictureKeyValues
 from lyrics_jax.models.connectors.local_tokens import LocalTokens, LocalTokensSettings

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lyrics_jax.models.connectors.visibility import C, Visibility
+from lyrics_jax.models.visibility import C, Visibility
 from lyrics_jax.models.layers.attention import attend
 from lyrics_jax.models.layers.parameter import Array
 

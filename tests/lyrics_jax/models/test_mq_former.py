@@ -8,7 +8,7 @@ import pytest
 import tiny
 from reference import Reference
 
-from lyrics_jax.models.connectors import visibility
+from lyrics_jax.models import visibility
 from lyrics_jax.models.inputs import Pictures, merge_pictures, spatial_and_caption
 from lyrics_jax.objectives.itm import hard_negatives
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lyrics_jax.models.connectors import visibility
+from lyrics_jax.models import visibility
 from lyrics_jax.models.connectors.sight import attention_mask
 
 # For each objective, who may look (row) at whom (column), in the order V, G, S, C: the paper's figure 3, written as text.

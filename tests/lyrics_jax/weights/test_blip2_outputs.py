@@ -15,7 +15,7 @@ from loaded import built, values_of
 
 from lyrics_jax.config import Config
 from lyrics_jax.weights import blip2
-from lyrics_jax.models.connectors import visibility
+from lyrics_jax.models import visibility
 from lyrics_jax.models.connectors.mq_former import MQFormer, MQFormerSettings
 from lyrics_jax.models.inputs import spatial_and_caption
 from lyrics_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD, ViT, ViTSettings
