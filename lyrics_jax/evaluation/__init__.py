@@ -1,1 +1,1 @@
-"""Asking a trained model, and scoring and showing what it answers."""
+"""What a trained model is worth: its answers to questions, its recall, and reports for a person."""

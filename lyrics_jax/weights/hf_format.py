@@ -80,7 +80,7 @@ class HFFormat(abc.ABC):
     for name, value in batch.items():
       value = np.asarray(value)[:, 0] if "pictures" in fields[name].dims else np.asarray(value)
       tensors[name] = torch.from_numpy(value.astype(np.int64) if value.dtype == np.int32 else value)
-    del tensors["picture_mask"]
+    tensors.pop("picture_mask", None)
     image = tensors.pop("image").float() / 255
     pixels = (image - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
     return tensors | {"pixel_values": pixels.permute(0, 3, 1, 2)}

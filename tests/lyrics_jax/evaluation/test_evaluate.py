@@ -68,7 +68,8 @@ def test_the_page_and_the_picture(evaluated):
   assert page.count("data:image/jpeg;base64,") == 3 and '="http' not in page and "memorised, not understood" in page
   with Image.open(evaluated / "losses.png") as picture:
     assert picture.format == "PNG" and picture.width > 600
-  assert {path.name for path in evaluated.iterdir()} == {"answers.html", "losses.png", "predictions.jsonl", "scores.json"}
+  assert {path.name for path in evaluated.iterdir()} == {
+      "answers.html", "losses.png", "predictions.jsonl", "scores.json"}
 
 
 def test_other_records_and_what_is_printed(run, export_photos, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lyrics_jax.data.spatial import format_box
-from lyrics_jax.evaluation.questions import first_questions, judge, summarise
+from lyrics_jax.evaluation.questions import Question, first_questions, judge, summarise
 from lyrics_jax.tasks import TASKS, Task, scoring
 
 
@@ -48,6 +48,16 @@ def test_judging(records):
     assert lost.score == 0 and lost.right is False and lost.predicted_box is None
   region = judged("region", "a red ball on the floor")
   assert written in region.question and region.score == 1 and region.true_box is None
+
+
+def test_a_box_in_the_second_picture(records):
+  pictures = records[0].pictures + records[1].pictures
+  record = dataclasses.replace(records[0], pictures=pictures)
+  question = Question(0, "rec", "Where is the dog?", "<box 1.1>", "box")
+  box = pictures[1].text_boxes[1]
+  found = judge(question, record, f"<Bbox> {format_box(box, 'decimal')} </Box>", TASKS, "decimal")
+  assert found.right and found.picture == 1
+  np.testing.assert_array_equal(found.true_box, box)
 
 
 def test_summary_leaves_open_questions_out(records):

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import PartitionSpec
 
 from lyrics_jax.sharding import MeshSettings, check_batch, make_mesh
 from refiner_export.common.settings import UserError
@@ -46,16 +47,12 @@ def test_parameters_begin_the_same_on_any_mesh(stage):
 
 
 def test_a_kernel_that_lies_turned_around_is_split_along_the_same_axes():
-  """With sizes that differ: the width over fsdp and the heads over tensor, in memory and as checkpoints have it."""
+  """Inputs over fsdp and heads over tensor, in memory and as checkpoints have it; with fewer heads than queries have."""
   plan = tiny.make_plan(tiny.make_config("instruct", stage__model__llm__kv_heads=1))
   path = "llm/stack/blocks/k/kernel"
   assert path in plan.transposed and plan.shapes[path].shape == (2, 16, 8) and plan.memory[path].shape == (2, 8, 16)
-  shards = {}
-  for stored, shape in ((True, plan.shapes[path].shape), (False, plan.memory[path].shape)):
-    shards[stored] = plan.shardings(mesh(1, 4, 2), stored)[path].shard_shape(shape)
-  assert shards == {True: (2, 4, 4), False: (2, 4, 4)}
-  assert plan.shardings(mesh(1, 4, 2), stored=True)[path].spec == (None, "fsdp", "tensor")
-  assert plan.shardings(mesh(1, 4, 2))[path].spec == (None, "tensor", "fsdp")
+  assert plan.shardings(mesh(1, 4, 2), stored=True)[path].spec == PartitionSpec(None, "fsdp", "tensor")
+  assert plan.shardings(mesh(1, 4, 2))[path].spec == PartitionSpec(None, "tensor", "fsdp")
 
 
 def mesh(data, fsdp, tensor, devices=8):

@@ -11,7 +11,7 @@ import tiny
 
 from lyrics_jax.config import Config
 from lyrics_jax.models.layers.int8 import SCALE
-from lyrics_jax.training.checkpoint import Checkpoints
+from lyrics_jax.training.checkpoint import Checkpoints, open_run
 from lyrics_jax.training.parameters import ModelParameters
 from refiner_export.records.manifest import Manifest, shard_name
 from refiner_export.records.record import Record, conversation_items
@@ -53,7 +53,7 @@ def random_parameters(plan: ModelParameters, seed: int = 0) -> dict[str, np.ndar
   return parameters
 
 
-def save_run(config: Config, step: int = 7, seed: int = 7) -> dict[str, np.ndarray]:
+def save_run(config: Config, step: int = 7, seed: int = 0) -> dict[str, np.ndarray]:
   """Writes a run of these settings to `config.output`; returns its parameters by path."""
   plan = tiny.make_plan(config)
   parameters = random_parameters(plan, seed)
@@ -64,6 +64,14 @@ def save_run(config: Config, step: int = 7, seed: int = 7) -> dict[str, np.ndarr
   checkpoints.manager.save(step, args=ocp.args.Composite(parameters=ocp.args.StandardSave(trained)))
   checkpoints.close()
   return parameters
+
+
+def stored(output) -> dict[str, np.ndarray]:
+  """All parameters of a run, by path, as Orbax itself reads them."""
+  checkpoints, _ = open_run(str(output))
+  parameters = checkpoints.restore_some(checkpoints.stored_shapes())
+  checkpoints.close()
+  return {path: np.asarray(value) for path, value in parameters.items()}
 
 
 def write_records(records: Sequence[Record], directory: pathlib.Path) -> str:

@@ -86,8 +86,8 @@ def test_a_directory_that_is_not_whole(runs, fault, tmp_path):
 def test_mistakes(runs, tmp_path):
   with pytest.raises(UserError, match="/nowhere is not a Hugging Face directory"):
     compare(runs["align"][0], "/nowhere")
-  with pytest.raises(UserError, match="is a run of stage align, this needs one of stage instruct"):
+  with pytest.raises(UserError, match="holds a LyricsForConditionalGeneration, but .*align is written as a LyricsForAlignment"):
     compare(runs["align"][0], runs["instruct"][1])
   (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-  with pytest.raises(UserError, match="holds a LlamaForCausalLM, not a Lyrics model"):
+  with pytest.raises(UserError, match="holds a LlamaForCausalLM, expected one of LyricsForAlignment, "):
     compare(runs["align"][0], str(tmp_path))

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import small
 from safetensors.numpy import load_file, save_file
-from saved_run import make_run_config, save_run
+from saved_run import make_run_config, save_run, stored
 
 from lyrics_jax.weights.from_hf import convert
 from lyrics_jax.weights.llama_names import is_lora
 from lyrics_jax.weights.to_hf import export
-from lyrics_jax.training.checkpoint import open_run
 from refiner_export.common.settings import UserError
 
 
@@ -18,13 +17,6 @@ def run(tokenizer_directory, tmp_path_factory):
   """A run whose frozen parameters are in bfloat16, and its parameters."""
   config = make_run_config("instruct", tmp_path_factory.mktemp("run") / "run", tokenizer_directory, compute__frozen_dtype="bfloat16")
   return config, save_run(config)
-
-
-def stored(output):
-  checkpoints, _ = open_run(str(output))
-  parameters = checkpoints.restore_some(checkpoints.stored_shapes())
-  checkpoints.close()
-  return {path: np.asarray(value) for path, value in parameters.items()}
 
 
 def assert_identical(got, wanted):

@@ -19,6 +19,7 @@ from lavis_layout import image_encoder, q_former, random_clip
 from loaded import values_of
 from published import llama, save_clip
 from safetensors.torch import load_file, save_file
+from saved_run import stored
 
 from lyrics_jax.sharding import MeshSettings, make_mesh
 from lyrics_jax.weights import blip2
@@ -26,7 +27,7 @@ from lyrics_jax.weights import clip_names
 from lyrics_jax.weights import llama_names
 from lyrics_jax.weights import sources
 from lyrics_jax.weights.from_hf import convert
-from lyrics_jax.training.checkpoint import Checkpoints, open_run
+from lyrics_jax.training.checkpoint import Checkpoints
 from lyrics_jax.training.initialise import initial_parameters
 from refiner_export.common import weight_files
 from refiner_export.common.settings import UserError
@@ -54,14 +55,6 @@ def converted(make_config, published, tmp_path_factory):
   output = str(tmp_path_factory.mktemp("converted") / "weights")
   convert(make_config(), published, output)
   return output
-
-
-def stored(output) -> dict[str, np.ndarray]:
-  """All parameters of a run, read with Orbax."""
-  checkpoints, _ = open_run(str(output))
-  parameters = checkpoints.restore_some(checkpoints.stored_shapes())
-  checkpoints.close()
-  return {path: np.asarray(value) for path, value in parameters.items()}
 
 
 def expected(config, published) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import pytest
 from published import save_clip
 from saved_run import make_run_config
 
-from lyrics_jax.config import LLMConfig
+from lyrics_jax.models.llm.llama import LlamaSettings
 
 BOUND = 2e9  # bytes besides twice the largest tensor of the files
 LAYERS, WIDTH, MLP = 130, 1024, 8192  # a kernel of all layers is 2.2 GB
@@ -61,7 +61,7 @@ def test_a_stack_is_never_whole(tmp_path):
   assert peak(WRITE, tmp_path / "written", *shape) < 1e9 < 4 * math.prod(shape)
 
 
-def write_empty_llama(llm: LLMConfig, directory: pathlib.Path) -> int:
+def write_empty_llama(llm: LlamaSettings, directory: pathlib.Path) -> int:
   """Zeros in LLaMA's layout, in a file that takes no room on the disk; returns the size of the largest tensor, bytes."""
   names = {"input_layernorm": (llm.width,), "post_attention_layernorm": (llm.width,),
            **{f"self_attn.{name}_proj": (llm.width, llm.width) for name in "qkvo"},

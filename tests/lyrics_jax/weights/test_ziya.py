@@ -8,30 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import tiny
 import torch
 import transformers
 from etils import epath
 from flax import nnx
 from lavis_layout import with_noise
-from loaded import built
+from loaded import built, values_of
 from published import llama
 from safetensors.torch import save_file
+from saved_run import stored
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerAttention
 
 from configs import ziya_lyrics_14b
 from lyrics_jax.weights import ziya
 from lyrics_jax.weights.from_hf import convert
-from lyrics_jax.weights.table import UNKNOWN, part
-from lyrics_jax.models.clip import PIXEL_MEAN, PIXEL_STD
-from lyrics_jax.models.lyrics import Perception
-from lyrics_jax.training.checkpoint import open_run
+from lyrics_jax.weights.table import UNKNOWN, component
+from lyrics_jax.models.vision.vit import PIXEL_MEAN, PIXEL_STD
 from refiner_export.common.weight_files import load_state_dict
 from refiner_export.common.settings import UserError
 
 TOLERANCE = 1e-4  # float32 in both, summed in another order; post-norm outputs are of size 1
-CHANGES = {"vision__kind": "eva", "vision__norm_eps": 1e-6, "former__activation": "gelu",
-           "former__layers": 4, "former__cross_attention_frequency": 2,
+CHANGES = {**small.VIT_G, "former__activation": "gelu", "former__layers": 4, "former__cross_attention_frequency": 2,
            "former__grounding_queries": 3, "local__mask_rows": 0}
 
 
@@ -118,27 +117,26 @@ def save(tmp_path):
 
 
 def test_perception_and_projection_are_equal(published, save):
-  config = make_config()
+  config = make_config(connector__instruction=False, connector__spatial=False)
   shapes = tiny.make_plan(config).shapes
   source = ziya.find(save(published.tensors()), config.stage.model, shapes)
   assert set(source.left_over) == {"position numbers", "the refiner, for refiner_export"}
   initialised = {path for path in shapes if path not in source.entries}
   assert initialised == {"connector/local_tokens/mask/kernel", "connector/local_tokens/mask/bias",
                          *(f"llm/stack/blocks/{name}/{leaf}" for name in "qv" for leaf in ("lora_a", "lora_b"))}
-  values = source.found().values
+  values = values_of(source)
   rng, size = np.random.default_rng(0), config.stage.model.vision.image_size
   pictures = rng.integers(0, 256, (2, size, size, 3), np.uint8)
-  rows = rng.standard_normal((2, 4, 12 + 4)).astype(np.float32)  # of which the boxes are not to count
-  batch = {"image": pictures, "detection": rows, "detection_mask": np.ones((2, 4), bool), "masks": np.zeros((2, 0, 16), np.float32),
-           "masks_mask": np.zeros((2, 0), bool)}
-  graph, state = built(lambda: Perception(config.stage.model, rngs=nnx.Rngs(0)), values, "perception")
+  rows = rng.standard_normal((2, 4, 12 + 4)).astype(np.float32)  # the boxes are not to count
+  batch = {"image": pictures[:, None], "detection": rows[:, None], "detection_mask": np.ones((2, 1, 4), bool),
+           "masks": np.zeros((2, 1, 0, 16), np.float32), "masks_mask": np.zeros((2, 1, 0), bool)}
+  graph, state = built(lambda: config.stage.build(config.compute, nnx.Rngs(0)), values, "")
 
   @jax.jit
   def run(state, batch):
-    perception = nnx.merge(graph, state)
-    return perception.mq_former.query_pass(perception.look(batch))[0]
+    return nnx.merge(graph, state).soft_tokens(batch)
 
-  ours = run(state, jax.tree.map(jnp.asarray, batch)) @ values["connector/projection/kernel"] + values["connector/projection/bias"]
+  ours = run(state, jax.tree.map(jnp.asarray, batch))
   pixels = torch.tensor(((pictures / 255 - PIXEL_MEAN) / PIXEL_STD).transpose(0, 3, 1, 2)).float()
   difference = np.abs(ours - published(pixels, torch.tensor(rows[..., :12])).numpy()).max()
   print(f"largest difference: {difference:.1e}")
@@ -156,9 +154,7 @@ def test_converted_with_its_refiner(published, save, tmp_path):
     assert set(written) == set(expected)
     for name, tensor in expected.items():
       assert torch.equal(written[name], tensor) and written[name].dtype == tensor.dtype, name
-  checkpoints, _ = open_run(tmp_path / "weights")
-  queries = checkpoints.restore_parameters()["connector/former/queries"]
-  checkpoints.close()
+  queries = stored(tmp_path / "weights")["connector/former/queries"]
   np.testing.assert_array_equal(queries, tensors["query_tokens"][0])
 
 
@@ -177,14 +173,14 @@ def test_the_pre_training_model_has_the_heads_of_stage_1(published, save):
   shapes = tiny.make_plan(config).shapes
   source = ziya.find(save(tensors), config.stage.model, shapes)
   assert UNKNOWN not in source.left_over
-  assert {part(path) for path in shapes if path not in source.entries} == {"itc_image", "itc_text", "local_tokens"}
+  assert {component(path) for path in shapes if path not in source.entries} == {"itc_image", "itc_text", "local_tokens"}
   np.testing.assert_array_equal(source.read("itm/kernel"), tensors["itm_head.weight"].T)
   assert source.read("temperature") == np.float32(0.05)
 
 
 @pytest.mark.parametrize("change, words", [
     ({"former__grounding_queries": 2}, "num_dino_query_tokens is 3, config.stage.model.connector.former.grounding_queries=2"),
-    ({"vision__kind": "clip"}, "its image encoder is ViT-g; set VISIONKIND=eva"),
+    ({"vision__input_norm": True}, "its image encoder is ViT-g; set config.stage.model.vision to ViTSettings.eva_"),
     ({"vision__norm_eps": 1e-5}, "set config.stage.model.vision.norm_eps=1e-06"),
     ({"local__feature_width": 8}, "set config.stage.model.connector.local.feature_width=12"),
     ({"former__activation": "relu"}, "set config.stage.model.connector.former.activation=gelu"),
@@ -199,7 +195,8 @@ def test_another_configuration(change, words, published, save):
 
 def test_query_counts_that_config_json_does_not_say(published, save):
   with pytest.raises(UserError, match="num_vit_query_tokens is 32, config.stage.model.connector.former.visual_queries=2"):
-    ziya.find(save(published.tensors(), settings={"model_type": "blip-2"}), make_config().model, tiny.make_plan(make_config()).shapes)
+    ziya.find(save(published.tensors(), settings={"model_type": "blip-2"}), make_config().stage.model,
+              tiny.make_plan(make_config()).shapes)
 
 
 def test_incomplete_and_foreign(published, save):
@@ -230,7 +227,7 @@ def test_the_published_size(tmp_path):
   config = ziya_lyrics_14b.get_config()
   config.finalize()
   theirs = ziya_lyrics_14b.get_config()
-  theirs.model.mq_former.vocab_size = 30522
+  theirs.stage.model.connector.former.vocab_size = 30522
   with torch.device("meta"):
     tensors = Published(theirs).tensors()
   header, end = {}, 0
@@ -246,6 +243,6 @@ def test_the_published_size(tmp_path):
   shapes = tiny.make_plan(config).shapes
   source = ziya.find(epath.Path(tmp_path), config.stage.model, shapes)
   source.require_known()
-  assert {part(path) for path in shapes if path not in source.entries} == {"local_tokens", "llm"}  # mask tokens' map, LoRA
+  assert {component(path) for path in shapes if path not in source.entries} == {"local_tokens", "llm"}  # mask tokens' map, LoRA
   size = sum(math.prod(source.shape(path)) for path in source.entries)
   assert 14.1e9 < size < 14.3e9
