@@ -3,11 +3,12 @@
   python benchmarks/convert_13b.py --directory DIR [--layers 40]
 
 Writes random bfloat16 weights in Hugging Face's layout, shard by shard, with a small image encoder and small
-tokenizers; converts them with `from-hf`; removes them; exports what came out with `to-hf`, LoRA merged (its product is
-zero at the start of a run, so the kernels stay as they were); and compares every tensor of the language model with what
-was written at first, by SHA-256. Each conversion runs in a process of its own, whose peak resident memory (`getrusage`,
-pages of mapped files included) is reported beside a bound: twice the largest tensor of the files plus 2 GB. A kernel's
-stacked layers, 5.7 GB of 40, are never in memory. The directory, which is removed at the end, needs 52 GB for 40 layers.
+tokenizers; converts them with `from-hf`; removes them; exports what came out with `to-hf`, LoRA merged; and compares
+every tensor of the language model with what was written at first, by SHA-256. (LoRA's product is zero at the start of
+a run, so the kernels stay as they were.) Each conversion runs in a process of its own. Its peak resident memory
+(`getrusage`, pages of mapped files included) is reported beside a bound: twice the largest tensor of the files plus 2
+GB. A kernel's stacked layers, 5.7 GB for 40 layers, are never in memory. The directory, which is removed at the end,
+needs 52 GB for 40 layers.
 """
 
 import argparse
@@ -26,8 +27,17 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save_file
 
-from lyrics_jax.config import Config, DataConfig, LLMConfig, MQFormerConfig, ModelConfig, VisionConfig
+from lyrics_jax.config import Config
+from lyrics_jax.data.conversations import Conversations
+from lyrics_jax.data.settings import DataSettings
 from lyrics_jax.data.train_tokenizers import write_tokenizers
+from lyrics_jax.models.connectors.mq_former import MQFormerSettings
+from lyrics_jax.models.connectors.q_former import QFormerSettings
+from lyrics_jax.models.llm.llama import LlamaSettings
+from lyrics_jax.models.vision.vit import ViTSettings
+from lyrics_jax.models.vlm import VLMSettings
+from lyrics_jax.objectives.next_token import NextToken
+from lyrics_jax.stage import Stage
 from lyrics_jax.weights.from_hf import convert
 from lyrics_jax.weights.lyrics_names import LANGUAGE_PREFIX
 from lyrics_jax.weights.to_hf import export
@@ -42,13 +52,14 @@ LAYER = {
 
 def make_config(layers: int, directory: pathlib.Path) -> Config:
   tokenizers = directory / "tokenizers"
+  former = MQFormerSettings(width=32, layers=2, heads=2, mlp_dim=32, vocab_size=1024)
+  model = VLMSettings(vision=ViTSettings(image_size=28, width=32, layers=1, heads=2, mlp_dim=32),
+                      connector=QFormerSettings(former=former), llm=LlamaSettings(layers=layers))
   config = Config(
-      stage="instruct", output="unused", batch_size=8,
-      model=ModelConfig(vision=VisionConfig(image_size=28, width=32, layers=1, heads=2, mlp_dim=32),
-                        mq_former=MQFormerConfig(width=32, layers=2, heads=2, mlp_dim=32, vocab_size=1024),
-                        llm=LLMConfig(layers=layers)),
-      data=DataConfig(records="unused", mq_former_tokenizer=str(tokenizers / "mq_former"),
-                      llm_tokenizer=str(tokenizers / "llm")))
+      stage=Stage(model=model, objectives=(NextToken(),), train=("connector/*", "llm/*/lora_*")),
+      output="unused", batch_size=8,
+      data=DataSettings(records="unused", rows=Conversations(), mq_former_tokenizer=str(tokenizers / "mq_former"),
+                        llm_tokenizer=str(tokenizers / "llm")))
   config.finalize()
   return config
 
@@ -56,11 +67,14 @@ def make_config(layers: int, directory: pathlib.Path) -> Config:
 # --- the steps, each in a process of its own; what they return is printed as JSON ---
 
 def write(config: Config, directory: pathlib.Path) -> dict:
-  """Writes the sources; the size of the language model's, and the digests of its tensors by name."""
-  rng, llm = np.random.default_rng(0), config.model.llm
+  """Writes the published files. Returns the size of the language model's, and the digests of its tensors by name."""
+  rng, llm = np.random.default_rng(0), config.stage.model.llm
   # Drawn once: drawing takes longer than writing.
   pool = (rng.standard_normal(llm.width * llm.mlp_dim) * 0.02).astype(ml_dtypes.bfloat16)
-  make = lambda *shape: np.roll(pool, int(rng.integers(len(pool))))[:int(np.prod(shape))].reshape(shape)
+
+  def make(*shape: int) -> np.ndarray:
+    return np.roll(pool, int(rng.integers(len(pool))))[:int(np.prod(shape))].reshape(shape)
+
   written = write_language_model(config, directory / "llama", make)
   (directory / "clip").mkdir()
   save_file(image_encoder(config, make), directory / "clip" / "model.safetensors")
@@ -69,72 +83,80 @@ def write(config: Config, directory: pathlib.Path) -> dict:
 
 
 def from_hf(config: Config, directory: pathlib.Path) -> dict:
-  sources = {kind: str(directory / kind) for kind in ("clip", "llama")}
-  return measured(lambda: convert(config, sources, str(directory / "converted")))
+  paths = {"clip": str(directory / "clip"), "llama": str(directory / "llama")}
+  return measured(convert, config, paths, str(directory / "converted"))
 
 
 def to_hf(config: Config, directory: pathlib.Path) -> dict:
-  return measured(lambda: export(str(directory / "converted"), str(directory / "exported")))
+  return measured(export, str(directory / "converted"), str(directory / "exported"))
 
 
 def digests(config: Config, directory: pathlib.Path) -> dict:
   """The digests of the exported language model's tensors, by LLaMA's own names."""
-  tensors = read_tensors(epath.Path(directory / "exported"))
-  return {name.removeprefix(LANGUAGE_PREFIX): digest(tensor.read()) for name, tensor in tensors.items()
-          if name.startswith(LANGUAGE_PREFIX)}
+  found = {}
+  for name, tensor in read_tensors(epath.Path(directory / "exported")).items():
+    if name.startswith(LANGUAGE_PREFIX):
+      found[name.removeprefix(LANGUAGE_PREFIX)] = digest(tensor.read())
+  return found
 
 
 STEPS = {"write": write, "from-hf": from_hf, "to-hf": to_hf, "digests": digests}
 
 
-def measured(work: Callable[[], None]) -> dict[str, float]:
+def measured(work: Callable[..., None], *arguments) -> dict[str, float]:
   """Seconds, and the peak of this process."""
   start = time.perf_counter()
-  work()
+  work(*arguments)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   return {"seconds": time.perf_counter() - start, "peak_rss_gb": peak}
 
 
 def digest(tensor: np.ndarray) -> str:
-  """Of dtype, shape and bytes."""
+  """SHA-256 of dtype, shape and bytes."""
   return hashlib.sha256(f"{tensor.dtype}{tensor.shape}".encode() + np.ascontiguousarray(tensor).tobytes()).hexdigest()
 
 
 def write_language_model(config: Config, llama: pathlib.Path, make: Callable[..., np.ndarray]) -> dict:
   """A shard per layer and one for the rest."""
-  llm, total, weight_map, digest_of = config.model.llm, 0, {}, {}
+  llm, total, weight_map, digest_of = config.stage.model.llm, 0, {}, {}
   sizes = {"norm": llm.width, "width": llm.width, "mlp_dim": llm.mlp_dim}
   llama.mkdir(parents=True)
-  words = lambda: make(llm.vocab_size // 4, llm.width).repeat(4, 0)
-  rest = {"model.embed_tokens.weight": words(), "model.norm.weight": make(llm.width), "lm_head.weight": words()}
   for n in range(llm.layers + 1):
-    tensors = rest if n == llm.layers else {
-        f"model.layers.{n}.{name}.weight": make(*(sizes[size] for size in shape)) for name, shape in LAYER.items()}
+    tensors = {}
+    if n == llm.layers:
+      tensors["model.norm.weight"] = make(llm.width)
+      for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = make(llm.vocab_size // 4, llm.width).repeat(4, 0)
+    else:
+      for name, shape in LAYER.items():
+        tensors[f"model.layers.{n}.{name}.weight"] = make(*map(sizes.get, shape))
     file = f"model-{n + 1:05}-of-{llm.layers + 1:05}.safetensors"
     save_file(tensors, llama / file)
     weight_map |= dict.fromkeys(tensors, file)
-    digest_of |= {name: digest(tensor) for name, tensor in tensors.items()}
-    total += sum(tensor.nbytes for tensor in tensors.values())
+    for name, tensor in tensors.items():
+      digest_of[name] = digest(tensor)
+      total += tensor.nbytes
   (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
   return {"bytes": total, "digests": digest_of}
 
 
 def image_encoder(config: Config, make: Callable[..., np.ndarray]) -> dict[str, np.ndarray]:
   """CLIP's, under its own names."""
-  vision, part = config.model.vision, "vision_model"
+  vision, prefix = config.stage.model.vision, "vision_model"
   width = vision.width
-  linear = lambda name, n, m: {f"{name}.weight": make(m, n), f"{name}.bias": make(m)}
-  norm = lambda name: {f"{name}.{kind}": make(width) for kind in ("weight", "bias")}
-  clip = norm(f"{part}.pre_layrnorm") | {
-      f"{part}.embeddings.class_embedding": make(width),
-      f"{part}.embeddings.position_embedding.weight": make(vision.tokens, width),
-      f"{part}.embeddings.patch_embedding.weight": make(width, 3, vision.patch_size, vision.patch_size)}
+  clip = {f"{prefix}.embeddings.class_embedding": make(width),
+          f"{prefix}.embeddings.position_embedding.weight": make(vision.tokens, width),
+          f"{prefix}.embeddings.patch_embedding.weight": make(width, 3, vision.patch_size, vision.patch_size)}
+  shapes = {f"{prefix}.pre_layrnorm": (width,)}
   for n in range(vision.layers):
-    layer = f"{part}.encoder.layers.{n}"
-    clip |= norm(f"{layer}.layer_norm1") | norm(f"{layer}.layer_norm2")
+    layer = f"{prefix}.encoder.layers.{n}"
+    for name in ("layer_norm1", "layer_norm2"):
+      shapes[f"{layer}.{name}"] = (width,)
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-      clip |= linear(f"{layer}.self_attn.{name}", width, width)
-    clip |= linear(f"{layer}.mlp.fc1", width, vision.mlp_dim) | linear(f"{layer}.mlp.fc2", vision.mlp_dim, width)
+      shapes[f"{layer}.self_attn.{name}"] = (width, width)
+    shapes |= {f"{layer}.mlp.fc1": (vision.mlp_dim, width), f"{layer}.mlp.fc2": (width, vision.mlp_dim)}
+  for name, shape in shapes.items():
+    clip |= {f"{name}.weight": make(*shape), f"{name}.bias": make(shape[0])}
   return clip
 
 
@@ -172,7 +194,7 @@ def main() -> None:
   if options.step:
     print(json.dumps(STEPS[options.step](config, directory)))
     return
-  llm = config.model.llm
+  llm = config.stage.model.llm
   stacked = 2 * llm.layers * llm.width * llm.mlp_dim
   single = 2 * max(llm.width * llm.mlp_dim, llm.vocab_size * llm.width)
   bound = 2 * single + 2e9

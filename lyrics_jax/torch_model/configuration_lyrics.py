@@ -43,9 +43,9 @@ class LyricsConfig(PretrainedConfig):
     vision_config, mq_former_config, text_config: of image encoder, MQ-Former and LLaMA; objects or dictionaries.
     vision_kind: "clip", or "eva" for EVA-CLIP as in BLIP-2: no norm before the first block, a bias on the patches.
     feature_width: of the refiner's features. A local token is a feature and its box, `feature_width + 4` wide.
-    instruction_aware, spatial_to_mq_former: whether the MQ-Former reads the instruction, and the spatial
-    representation. language_model_apart: whether LLaMA's weights are missing here. The user then gives a LLaMA to the
-    model, with the
+    instruction_aware: whether the MQ-Former reads the instruction.
+    spatial_to_mq_former: whether the MQ-Former reads the spatial representation.
+    language_model_apart: whether LLaMA's weights are missing here. The user then gives a LLaMA to the model, with the
       adapter in `adapter/`.
     itc_pooling: "mean" compares a picture by its pooled queries, "max" by its most similar query.
   """

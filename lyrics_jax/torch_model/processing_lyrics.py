@@ -99,11 +99,11 @@ class LyricsProcessor(ProcessorMixin):
 
     Args:
       images: PIL image, uint8 array (height, width, 3) or the bytes of a picture file, or B of them. None, also in a
-        list, is the picture that `refined` brings along, or no picture. An array of the model's own size, (S, S, 3), is
-        taken as it is; all else is decoded and resized with Pillow.
-      text: B texts. For a conversation a question, or a sequence of question, answer, question, ...; where the last one
-        is an answer there are `labels`. For `LyricsForAlignment` a caption. May hold `<box K>`, K counting the
-        `text_boxes` of `refined`.
+        list, is the picture that `refined` brings along, or no picture. An array of shape (S, S, 3), the size that the
+        model reads, is taken as it is. Pillow decodes and resizes everything else.
+      text: B texts. For a conversation a question, or a sequence of question, answer, question, ...; if the sequence
+        ends with an answer, the batch has `labels`. For `LyricsForAlignment` a caption. A text may hold `<box K>`,
+        which stands for box K of the `text_boxes` of `refined`.
       refined: `RefinerFeatures` or a similar object, or B of them; None, also in a list, where the refiner found
         nothing.
 
@@ -253,7 +253,7 @@ class LyricsProcessor(ProcessorMixin):
     return self.mq_former_tokenizer.encode(text, add_special_tokens=False)
 
   def _encode_conversation(self, turns: list[str], image_tokens: int, objects: list[Object]) -> dict:
-    """input_ids, attention_mask, image_slot, and labels where the last turn is an answer; those may lose their end."""
+    """input_ids, attention_mask and image_slot. A conversation that ends with an answer has labels, and may be cut."""
     before, after = self._first_question(turns[0], image_tokens, objects)
     pairs = self._pairs(turns, before + [self.tokenizer.pad_token_id] * image_tokens + after)
     ids, labels = [], []
@@ -269,10 +269,13 @@ class LyricsProcessor(ProcessorMixin):
     return encoded | {"labels": labels} if len(turns) % 2 == 0 else encoded
 
   def _pairs(self, turns: list[str], first: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Ids of each question, of which the first has the ids `first`, and of its answer; a last one may have no answer.
+    """The ids of each question and of its answer; the last question may have no answer.
 
-    A conversation for training, which ends with an answer, is cut behind the last answer that there is room for. Of a
-    first answer that is too long a part is left.
+    A conversation that ends with an answer is for training. It is cut behind the last answer that there is room for. If
+    there is no room for the first answer, the start of that answer is kept.
+
+    Args:
+      first: the ids of the first question.
     """
     length, pairs = self.settings["llm_length"], []
     for question, answer in itertools.zip_longest(turns[::2], turns[1::2]):
@@ -305,7 +308,7 @@ class LyricsProcessor(ProcessorMixin):
     texts = named + others
     room = min((length - image_tokens) // 2, length - image_tokens - len(before) - len(after) - 1)
     ends = np.cumsum([len(self._encode(text)) for text in texts])
-    # Tokens of texts that stand together may be more than those of the texts alone.
+    # Texts that stand together may have more tokens than the texts one by one.
     for count in range(int(np.searchsorted(ends, room, side="right")), 0, -1):
       with_objects = self._encode(f"\n{''.join(texts[:count])}\n{question} ASSISTANT:")
       if len(with_objects) - len(after) <= room:
@@ -330,7 +333,7 @@ class LyricsProcessor(ProcessorMixin):
 
 
 def _one_for_each(given, count: int) -> list:
-  """What was given for each example, or the one thing that was given for all."""
+  """A list with one thing per example; a single thing is used for all examples."""
   return list(given) if isinstance(given, (list, tuple)) else [given] * count
 
 

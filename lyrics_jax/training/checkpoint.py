@@ -9,13 +9,15 @@ Every kernel is [..., n, m] in a checkpoint. Some lie the other way around in a 
 faster (`models/layers/linear.py`); they are turned around here, on saving and on restoring.
 """
 
+import functools
 import json
+from collections.abc import Callable
 
 import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lyrics_jax.config import Config
 from lyrics_jax.data.loader import for_hosts
@@ -58,7 +60,7 @@ class Checkpoints:
   def restore(self, state: TrainState, data: grain.DatasetIterator, parameters: ModelParameters) -> TrainState:
     """The newest checkpoint, laid out like `state`. `data` is moved to where it stood, whatever the number of hosts."""
     step = self.latest()
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, turned_state(parameters, state))
+    abstract = turned_state(parameters, jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
     try:
       restored = self.manager.restore(step, args=ocp.args.Composite(
           parameters=ocp.args.StandardRestore(abstract.parameters),
@@ -141,24 +143,39 @@ class Checkpoints:
 
 
 def turned_state(parameters: ModelParameters, state: TrainState) -> TrainState:
-  """A state in memory as checkpoints have it, and back; the optimizer's moments lie as their parameters do."""
+  """A state, abstract or not, from memory to checkpoints and back; the optimizer's moments lie as their parameters."""
   return TrainState(state.step, _turned(parameters, state.parameters), _turned(parameters, state.optimizer))
 
 
 def _turned(parameters: ModelParameters, tree):
-  """Swaps the last two axes of the leaves below the paths that lie transposed in memory."""
+  """Turns the leaves around that stand below a path of a transposed parameter."""
   def turn(place, leaf):
-    transposed = False
     for key in place:
-      transposed = transposed or getattr(key, "key", None) in parameters.transposed
-    return _swap(leaf) if transposed else leaf
+      if getattr(key, "key", None) in parameters.transposed:
+        return _turn(leaf)
+    return leaf
 
   return jax.tree_util.tree_map_with_path(turn, tree)
 
 
-@jax.jit
-def _swap(x: jax.Array) -> jax.Array:
-  return x.swapaxes(-1, -2)
+def _turn(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+  """[..., n, m] -> [..., m, n]. The mesh axes move with the dimensions, so that each device turns its own part."""
+  sharding = x.sharding
+  if isinstance(sharding, NamedSharding):
+    *leading, n, m = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*leading, m, n))
+  if isinstance(x, jax.ShapeDtypeStruct):
+    *leading, n, m = x.shape
+    return jax.ShapeDtypeStruct((*leading, m, n), x.dtype, sharding=sharding)
+  return _turning(sharding)(x)
+
+
+@functools.cache
+def _turning(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+  def turn(x: jax.Array) -> jax.Array:
+    return x.swapaxes(-1, -2)
+
+  return jax.jit(turn, out_shardings=sharding)
 
 
 def _like(parameters: ModelParameters, shardings: dict, trained: bool) -> dict[str, jax.ShapeDtypeStruct]:

@@ -138,9 +138,9 @@ def with_image_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def entries(model: ModelSettings, shapes: Shapes) -> dict[str, Entry]:
-  """Which tensors, in LAVIS' names, make up each of our parameters that BLIP-2 has."""
+  """Which tensors, in LAVIS' names, make up our parameters. A parameter that BLIP-2 lacks has no entry."""
   former = model.connector.former
-  found = Q_FORMER.entries(shapes, groups=former.cross_attention_frequency)
+  found = Q_FORMER.entries(shapes, group=former.cross_attention_frequency)
   if eva_names.is_vit_g(model.vision):
     found |= eva_names.NAMES.entries(shapes, eva_names.PREFIX)
   else:

@@ -1,7 +1,7 @@
 """Compares a run's newest checkpoint with the Hugging Face directory made of it: both models, the same made-up inputs.
 
-Differences are those of float32 sums in another order, about 1e-5 of outputs of size 1. Where kernels are in bfloat16
-or int8, exported kernels with merged LoRA, and those that were in int8, also differ by rounding.
+Both sum float32 numbers in another order, which makes differences of about 1e-5 in outputs of size 1. Exported kernels
+are also rounded where LoRA was merged into bfloat16, and where they were in int8.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ def compare(checkpoint: str, hf_directory: str) -> dict[str, float]:
   """Prints and returns the largest difference per part; a part that only one of them has is left out.
 
   Raises:
-    UserError: no such run or directory, one is not of the other, or the directory is not whole.
+    UserError: there is no such run or directory, the directory is not made of the run, or it is not whole.
   """
   directory = epath.Path(hf_directory)
   form = format_of(saved_config(checkpoint))
@@ -73,7 +73,7 @@ def _require_format(directory: epath.Path, form: HFFormat, checkpoint: str) -> N
 
 
 def _outputs(checkpoint: str, form: HFFormat, batch: Batch) -> dict[str, np.ndarray]:
-  """What each part of a run's model makes of a batch, computed in float32 whatever it trains in."""
+  """What each part of a run's model makes of a batch, computed in float32 even if the run trains in bfloat16."""
   loaded = LoadedModel.open(checkpoint)
   compute = dataclasses.replace(form.config.compute, dtype="float32")
   config = dataclasses.replace(form.config, compute=compute)

@@ -62,7 +62,7 @@ def find(path: epath.Path, model: ModelSettings, shapes: Shapes) -> Origin:
 
 
 def check(path: epath.Path, settings: dict, model: ModelSettings) -> None:
-  """Requires that CLIP's own config.json agrees with our settings."""
+  """Requires that the config.json of CLIP agrees with our settings."""
   vision = model.vision
   require(vision.input_norm and not vision.patch_bias and vision.activation == "quick_gelu",
           f"{path}: its image encoder is CLIP's; set config.stage.model.vision.input_norm=True, patch_bias=False and "

@@ -41,7 +41,7 @@ _LAVIS = (
 
 
 def is_vit_g(vision: ViTSettings) -> bool:
-  """Whether an image encoder is built like BLIP-2's ViT-g, of whatever size."""
+  """Whether an image encoder is built like BLIP-2's ViT-g; its size does not matter."""
   return vision.patch_bias and not vision.input_norm and vision.activation == "gelu"
 
 

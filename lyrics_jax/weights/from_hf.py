@@ -26,7 +26,7 @@ from lyrics_jax.weights.table import Origin, report
 from refiner_export.common.settings import require
 from refiner_export.common.weight_files import Tensor
 
-_AT_ONCE = 32  # parameters that are initialised together, by a program of their own
+_AT_ONCE = 32  # parameters that one program initialises
 REFINER = "refiner"  # directory of the refiner's weights inside the written one, where an origin has them
 
 
@@ -34,9 +34,9 @@ def convert(config: Config, paths: Mapping[str, str], output: str) -> None:
   """Writes the new directory `output`, all or nothing, and logs where every part comes from.
 
   Args:
-    config: of the run that will start from it; its mesh need not be here. paths: kind of weights, a name in
-    `sources.KINDS`, -> file or directory. What two of them have is taken from the first. output: for
-    `config.init_from`.
+    config: of the run that will start from it; its mesh need not be here.
+    paths: name of a kind in `sources.KINDS` -> file or directory. What two of them have is taken from the first.
+    output: for `config.init_from`.
 
   Raises:
     UserError: weights are not whole, do not fit `config`, or have unknown tensors; or a frozen parameter has no origin.

@@ -26,7 +26,7 @@ class HFFormat(abc.ABC):
 
   Args:
     config: of the run.
-    apart: whether the language model's own weights are left out, and LoRA becomes an adapter.
+    apart: whether the language model is left out, but for its LoRA, which becomes an adapter.
   """
   architecture: ClassVar[str]  # the class that transformers loads
   kind: ClassVar[str]  # name of the kind of weights, see `sources.KINDS`
@@ -41,7 +41,7 @@ class HFFormat(abc.ABC):
 
   @abc.abstractmethod
   def entries(self, shapes: Shapes) -> dict[str, Entry]:
-    """Where in the directory's own files each parameter lies, LoRA's left out."""
+    """Where the parameters lie in model.safetensors. LoRA's parameters are not there."""
 
   def constants(self) -> dict[str, Tensor]:
     """Tensors, by name, that the class of transformers has and our model lacks."""

@@ -30,7 +30,7 @@ _ADAPTER_PREFIX = "base_model.model."  # PEFT puts this in front of LLaMA's name
 
 
 def entries(shapes: Shapes, prefix: str = "") -> dict[str, Entry]:
-  """Where LLaMA's files have each parameter of the language model, LoRA's left out."""
+  """Where LLaMA's files have the parameters of the language model. LoRA's parameters are not there."""
   found = NAMES.entries(shapes, prefix)
   for path in list(found):
     if is_lora(path):
@@ -70,7 +70,7 @@ def find(path: epath.Path, model: ModelSettings, shapes: Shapes) -> Origin:
 
 
 def check(path: epath.Path, settings: Mapping[str, Any], llm: LlamaSettings) -> None:
-  """Requires that LLaMA's own config.json agrees with our settings."""
+  """Requires that the config.json of LLaMA agrees with our settings."""
   rotary = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
   kind = rotary.get("rope_type", rotary.get("type", "default"))
   require(kind == "default", f"{path}: its rotary positions are scaled ({kind}), which is not supported")

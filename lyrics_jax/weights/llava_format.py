@@ -1,5 +1,6 @@
-"""The form of LLaVA models: transformers' own `LlavaForConditionalGeneration`, with its processor."""
+"""The form of LLaVA models: `LlavaForConditionalGeneration` of transformers, with its processor."""
 
+import json
 import pathlib
 
 import jax
@@ -30,7 +31,7 @@ from refiner_export.common.weight_files import Tensor
 IMAGE_TOKEN = "<image>"
 ADDED_ROWS = 64  # of word embedding and head, for the image token: rows are a multiple of 64, as in the published files
 _CHAT_TEMPLATE = """\
-{{ system }}{% for message in messages %}{% if message['role'] == 'user' %} USER: \
+{{ system }} {% for message in messages %}{% if message['role'] == 'user' %}USER: \
 {% for piece in message['content'] if piece['type'] == 'image' %}<image>
 {% endfor %}{% for piece in message['content'] if piece['type'] == 'text' %}{{ piece['text'] }}{% endfor %}\
 {% else %} ASSISTANT: \
@@ -81,7 +82,7 @@ class Llava(HFFormat):
         "image_seq_length": self.config.dimensions.tokens,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
-        "vision_feature_layer": -1,  # the directory has no other blocks than those that run
+        "vision_feature_layer": -1,  # the directory has only the blocks that run
         "vision_feature_select_strategy": {"drop": "default", "keep": "full"}[vision.class_token],
         "vision_config": hf_settings.vision_settings(vision),
         "text_config": text,
@@ -100,11 +101,18 @@ class Llava(HFFormat):
       system = template.system_message.replace("\\", "\\\\").replace("'", "\\'")
       chat = _CHAT_TEMPLATE.replace("{{ system }}", f"{{{{ '{system}' }}}}")
       (directory / "chat_template.jinja").write_text(chat)
-      hf_files.write_json(directory / "chat_template.json", {"chat_template": chat})
 
   def _with_image_token(self, tokenizer: LLMTokenizer) -> LLMTokenizer:
-    """The tokenizer with the image token, which gets the id that the model has for it."""
-    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    """The tokenizer with the image token, which gets the id that the model has for it.
+
+    Training tokenises what stands behind the picture by itself, so it starts a new word here too.
+    """
+    values = json.loads(tokenizer.backend.to_str())
+    splitter = values["pre_tokenizer"] or {}
+    for step in splitter.get("pretokenizers", [splitter]):
+      if step.get("prepend_scheme") == "first":
+        step["prepend_scheme"] = "always"
+    backend = tokenizers.Tokenizer.from_str(json.dumps(values))
     # Ids without a word come between the tokenizer's last word and the embedding's last row.
     for number in range(len(tokenizer), self.image_token):
       backend.add_special_tokens([tokenizers.AddedToken(f"<unused {number}>", normalized=False, special=True)])

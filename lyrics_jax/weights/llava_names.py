@@ -46,12 +46,14 @@ LEFT_OVER = {
 
 @dataclasses.dataclass(frozen=True)
 class WithAddedRows(Form):
-  """In the file, rows of added tokens stand behind ours. They are left out on reading, and have the mean of the others
-  on writing: a token whose logit is a mean of logits is never the most probable one.
+  """In the file, rows of added tokens stand behind our rows.
+
+  Reading leaves them out. Writing fills them with the mean of our rows: a token whose logit is the mean of all logits is
+  never the most probable one.
 
   Attributes:
-    form: how our array lies in the file but for the added rows.
-    count: of the added rows.
+    form: how our rows lie in the file.
+    count: how many rows are added.
   """
   form: Form
   count: int
@@ -73,7 +75,7 @@ class WithAddedRows(Form):
 
 
 def entries(shapes: Shapes, added: int) -> dict[str, Entry]:
-  """Where LLaVA's files have each parameter, LoRA's left out.
+  """Where LLaVA's files have our parameters. LoRA's parameters are not there.
 
   Args:
     added: how many rows more than ours word embedding and output head have.

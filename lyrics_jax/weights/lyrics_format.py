@@ -161,7 +161,8 @@ class LyricsGeneration(_LyricsFormat):
     require(isinstance(template, VicunaV1), f"config.data.rows.template is {type(template).__name__}: the exported "
                                             "processor writes conversations in the template VicunaV1")
     return super().processor_settings() | {
-        "llm_length": data.llm_length, "image_tokens": self.config.dimensions.tokens, "system_message": template.system_message,
+        "llm_length": data.llm_length, "image_tokens": self.config.dimensions.tokens,
+        "system_message": template.system_message,
         "instruction_aware": connector.instruction, "spatial_to_mq_former": connector.spatial,
         "spatial_to_llm": data.rows.spatial_to_llm,
     }

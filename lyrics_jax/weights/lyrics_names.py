@@ -58,11 +58,11 @@ _MODULES = {
 
 
 def entries(model: ModelSettings, shapes: Shapes) -> dict[str, Entry]:
-  """Where the model's own files have each parameter. LoRA's are not there, nor the scales of int8 kernels.
+  """Where model.safetensors has our parameters. LoRA's are not there, nor the scales of int8 kernels.
 
   Args:
     model: settings of the model whose parameters they are; its connector is a `QFormerSettings`.
-    shapes: of its parameters, by path.
+    shapes: of the parameters, by path.
   """
   found = clip_names.NAMES.entries(shapes, clip_names.PREFIX)
   found |= FORMER.entries(shapes, _FORMER_PREFIX, model.connector.former.cross_attention_frequency)

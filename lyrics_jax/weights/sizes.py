@@ -1,4 +1,4 @@
-"""What a Hugging Face directory's config.json says, held against our configuration: what no tensor's shape tells."""
+"""Compares the config.json of a Hugging Face directory with our settings: the shapes of tensors do not tell everything."""
 
 import json
 from collections.abc import Mapping
@@ -22,17 +22,26 @@ def read_settings(directory: epath.Path) -> dict[str, Any]:
   return values
 
 
-def check_sizes(source: epath.Path, theirs: Mapping[str, Any], ours: Settings, where: str,
+def check_sizes(path: epath.Path, published: Mapping[str, Any], settings: Settings, where: str,
                 names: Mapping[str, str]) -> None:
-  """Requires that values agree which both name. `names`: our field -> their key; `where`: what `ours` is called."""
+  """Requires that the published sizes are those of our settings. A size that is not published is not compared.
+
+  Args:
+    path: of the weights, for messages.
+    published: values of a config.json.
+    settings: of the part of our model.
+    where: the dotted name of `settings`.
+    names: our field -> key of the published value.
+  """
   for field, key in names.items():
-    value = getattr(ours, field)
-    require(theirs.get(key, value) == value, f"{source}: {key} is {theirs.get(key)}, {where}.{field}={value}; "
-                                             f"set {where}.{field}={theirs.get(key)}")
+    value = getattr(settings, field)
+    found = published.get(key, value)
+    require(found == value,
+            f"{path}: {key} is {found}, {where}.{field}={value}; set {where}.{field}={found}")
 
 
-def check_fixed(source: epath.Path, theirs: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
-  """Requires that their settings are those which are the only ones here."""
+def check_fixed(path: epath.Path, published: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+  """Requires that published values, where there are any, are the only ones that our model can have."""
   for key, value in needed.items():
-    found = theirs.get(key, value)
-    require(found == value, f"{source}: {key} is {found!r}, only {value!r} can be loaded here")
+    found = published.get(key, value)
+    require(found == value, f"{path}: {key} is {found!r}, only {value!r} can be loaded here")

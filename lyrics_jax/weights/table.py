@@ -42,7 +42,7 @@ class Form:
     return ours
 
   def axes(self, dimensions: int) -> Sequence[int] | None:
-    """For each axis in the file, the axis of ours that it is. None where `take` does more than reorder axes."""
+    """For each axis in the file, which axis of our array it is. None where `take` does more than reorder axes."""
     return range(dimensions)
 
 
@@ -102,10 +102,9 @@ class Patch(Form):
 
 @dataclasses.dataclass(frozen=True)
 class Third(Form):
-  """One tensor holds the weights, another the biases, of query, key and value below each other. Ours is one of the
-  three.
+  """One tensor holds the weights of query, key and value below each other, another tensor their biases.
 
-  There is no `give`, because it would need all three.
+  Our array is one of the three. There is no `give`, because it would need all three.
   """
   number: int
 
@@ -205,11 +204,12 @@ class Names:
   """The names in a file of one part of our model, whose layers lie in one stack here.
 
   Attributes:
-    root: our path of the part, such as "vision". parameters: our path below the root -> name and form of a parameter
-    whose name in the file is not made of its module's. modules: our path below the root -> module in the file.
-    layers: the name in the file that stands before a layer's number. layer: our path of a module within a layer ->
-    what stands before "weight" or "bias" in the file, the dot included. forms: our path of a module within a layer ->
-    form of its weight and bias, where it is not that of `LEAVES`.
+    root: our path of the part, such as "vision".
+    parameters: our path below the root -> name and form of a parameter that is no weight or bias of a module.
+    modules: our path below the root -> module in the file.
+    layers: the name in the file that stands before a layer's number.
+    layer: our path of a module within a layer -> what stands before "weight" or "bias" in the file, dot included.
+    forms: our path of a module within a layer -> form of its weight and bias, where `LEAVES` has another form.
   """
   root: str
   parameters: Mapping[str, tuple[str, Form]]
@@ -218,24 +218,24 @@ class Names:
   layer: Mapping[str, str]
   forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
 
-  def entries(self, shapes: Shapes, prefix: str = "", groups: int | None = None) -> dict[str, Entry]:
-    """The entries of those of our parameters that this table knows, by path.
+  def entries(self, shapes: Shapes, prefix: str = "", group: int | None = None) -> dict[str, Entry]:
+    """The entries of our parameters that this table knows, by path.
 
     Args:
-      shapes: of our parameters, by path; others than those of this part do not matter.
+      shapes: of our parameters, by path. Parameters of other parts are ignored.
       prefix: what stands in the file before all names of the part.
-      groups: in a Q-Former one stack holds the first layer of each group of layers, another stack the second layer, and
-        so on. `groups` is the number of layers in a group; None where there is only one stack.
+      group: how many layers a group has, for a Q-Former: one stack holds the first layer of every group, another
+        stack the second layer of every group, and so on. None where there is only one stack.
     """
     result = {}
     for path, shape in shapes.items():
       if path.startswith(f"{self.root}/"):
-        entry = self._entry(path.removeprefix(f"{self.root}/"), shape.shape, prefix, groups)
+        entry = self._entry(path.removeprefix(f"{self.root}/"), shape.shape, prefix, group)
         if entry is not None:
           result[path] = entry
     return result
 
-  def _entry(self, inner: str, shape: Shape, prefix: str, groups: int | None) -> Entry | None:
+  def _entry(self, inner: str, shape: Shape, prefix: str, group: int | None) -> Entry | None:
     if inner in self.parameters:
       name, form = self.parameters[inner]
       return Entry((prefix + name,), form, shape)
@@ -247,14 +247,14 @@ class Names:
       known = module in self.modules
       return Entry((f"{prefix}{self.modules[module]}.{suffix}",), form, shape) if known else None
     module, first, step = module.removeprefix("stack/blocks/"), 0, 1
-    if groups is not None:
-      place, module = re.fullmatch(r"layers/(\d+)/(.*)", module).groups()
-      first, step = int(place), groups
+    if group is not None:
+      number, module = re.fullmatch(r"layers/(\d+)/(.*)", module).groups()
+      first, step = int(number), group
     if module not in self.layer:
       return None
     names = []
-    for group in range(shape[0]):
-      names.append(f"{prefix}{self.layers}.{first + step * group}.{self.layer[module]}{suffix}")
+    for place in range(shape[0]):
+      names.append(f"{prefix}{self.layers}.{first + step * place}.{self.layer[module]}{suffix}")
     return Entry(tuple(names), self.forms.get(module, form), shape[1:], stacked=True)
 
 
@@ -286,7 +286,7 @@ class Origin:
 
   @property
   def unknown(self) -> list[str]:
-    """The tensors that such files are not expected to have."""
+    """Names of tensors that files of this kind are not expected to have."""
     return self.left_over.get(UNKNOWN, [])
 
   def paths(self) -> list[str]:
@@ -305,8 +305,8 @@ class Origin:
     """Our parameter with this path.
 
     Args:
-      sharding: where the parameter is laid out as a `jax.Array`, of which each process reads only what its own devices
-        hold. None gives an array of NumPy.
+      sharding: how the parameter is laid out as a `jax.Array`. Each process reads only what its devices hold. None
+        gives an array of NumPy.
       dtype: None gives that of the file.
       transposed: whether the last two axes change places. `sharding` is then that of the turned array.
     """
@@ -334,7 +334,7 @@ class Origin:
     return Tensor(path, self.shape(path), np.dtype(dtype), fetch)
 
   def require_known(self) -> None:
-    """Raises `UserError` when there is a tensor that such files are not expected to have."""
+    """Raises `UserError` when there is an unknown tensor."""
     require(not self.unknown, f"{self.name}: unexpected tensor {next(iter(self.unknown), '')} ({len(self.unknown)} in "
                               "all): these are not the weights of such a model alone")
 
@@ -351,7 +351,7 @@ def _turned(axes: tuple) -> tuple:
 
 
 def report(shapes: Shapes, loaded: Mapping[str, Shape], left_over: Mapping[str, list[str]]) -> str:
-  """How many numbers of each component are loaded and initialised, and how many tensors are left over for each reason.
+  """Per component, how many numbers are loaded and initialised; per reason, how many tensors are left over.
 
   Args:
     shapes: of our parameters, by path. Scales of int8 kernels are not counted: each comes with its kernel.

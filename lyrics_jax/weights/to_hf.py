@@ -35,12 +35,12 @@ def export(checkpoint: str, output: str, lora: LoRA = "merge") -> None:
   Args:
     checkpoint: the output directory of a run.
     lora: "merge" adds LoRA's product to the kernels, rounded to the dtype in which they are stored. "adapter" leaves
-      the language model out: the directory then has the other parts, and LoRA in PEFT's form in `adapter/`, for a LLaMA
-      of the user's own.
+      the language model out: the directory then has the other parts, and LoRA in PEFT's form in `adapter/`. The user
+      brings a LLaMA.
 
   Raises:
-    UserError: no such run, `output` exists, no class of transformers for such a model, or "adapter" of a run without
-      LoRA.
+    UserError: there is no such run; `output` exists; transformers has no class for the model; or a run without LoRA is
+      to be written with "adapter".
   """
   target = pathlib.Path(output)
   require(not target.exists(), f"{output} already exists: remove it, or name another directory")

@@ -3,7 +3,7 @@
 The image encoder is BLIP-2's ViT-g, the language model LLaMA. The Q-Former is BLIP-2's with a second cross-attention,
 `detection_crossattention`. Its keys and values are made of the detector's 256 numbers a row directly: no linear map
 to the common width stands before it, and it reads no boxes and no masks. Here that is a `local_tokens/detection`
-which hands those numbers on as they are, and kernels that read nothing else. Without mask tokens
+which hands the 256 numbers on as they are, and kernels that read nothing else. Without mask tokens
 (config.stage.model.connector.local.mask_rows=0) the MQ-Former then gives what the published one gives; the linear map
 of mask tokens is as initialised.
 

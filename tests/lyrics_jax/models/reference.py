@@ -41,13 +41,17 @@ def below(parameters, prefix):
 
 
 def attention(p, x, source, mask, heads, eps):
-  """Post-norm attention: norm(x + O(softmax(Q K / sqrt d) V)). `mask`: bool[B, rows, columns]; a blind row adds O(0)."""
+  """Post-norm attention: norm(x + O(softmax(Q K / sqrt d) V)).
+
+  `mask`: bool[B, rows, columns]; a row that sees nothing adds O(0).
+  """
   batch, rows, width = x.shape
   cut = lambda a: a.reshape(batch, -1, heads, width // heads).transpose(0, 2, 1, 3)
   q, k, v = cut(linear(below(p, "q"), x)), cut(linear(below(p, "k"), source)), cut(linear(below(p, "v"), source))
   scores = np.where(mask[:, None], q @ k.transpose(0, 1, 3, 2) / np.sqrt(width // heads), -1e30)
   seen = softmax(scores) * mask[:, None]
-  return layer_norm(below(p, "norm"), x + linear(below(p, "o"), (seen @ v).transpose(0, 2, 1, 3).reshape(batch, rows, width)), eps)
+  found = (seen @ v).transpose(0, 2, 1, 3).reshape(batch, rows, width)
+  return layer_norm(below(p, "norm"), x + linear(below(p, "o"), found), eps)
 
 
 def feed_forward(p, x, activation, eps):
@@ -70,8 +74,8 @@ def full_mask(objective, counts, valid):
 def mq_former(parameters, config, objective, image_tokens, local_tokens, local_valid, spatial, caption):
   """Hidden states (queries [B, Q, D], spatial [B, S, D], caption [B, C, D]) of one full pass.
 
-  `parameters`: those of the MQ-Former; `spatial`, `caption`: (ids, valid), where an objective masks one out it is given with
-  no valid token. Positions of the caption begin at 0, or after the spatial representation's valid tokens.
+  `parameters`: those of the MQ-Former. `spatial`, `caption`: (ids, valid); a text that the objective masks out has no
+  valid token. Positions of the caption begin at 0, or after the spatial representation's valid tokens.
   """
   (spatial_ids, spatial_valid), (caption_ids, caption_valid) = spatial, caption
   batch, visual, grounding = len(image_tokens), config.visual_queries, config.grounding_queries
@@ -98,7 +102,8 @@ def mq_former(parameters, config, objective, image_tokens, local_tokens, local_v
     queries = feed_forward(below(p, "query_mlp"), np.concatenate([v, g], axis=1), config.activation, config.norm_eps)
     text = feed_forward(below(p, "text_mlp"), text, config.activation, config.norm_eps)
     x = np.concatenate([queries, text], axis=1)
-  return x[:, :visual + grounding], x[:, visual + grounding:visual + grounding + counts[2]], x[:, visual + grounding + counts[2]:]
+  ends = np.cumsum([visual + grounding, counts[2]])
+  return x[:, :ends[0]], x[:, ends[0]:ends[1]], x[:, ends[1]:]
 
 
 def cross_entropy(logits, targets, smoothing=0.0):
@@ -152,7 +157,8 @@ class Reference:
   def itc(self):
     similarity, smoothing = self.similarity(), self.smoothing
     diagonal = np.arange(len(similarity))
-    return (cross_entropy(similarity, diagonal, smoothing).mean() + cross_entropy(similarity.T, diagonal, smoothing).mean()) / 2
+    of_images = cross_entropy(similarity, diagonal, smoothing).mean()
+    return (of_images + cross_entropy(similarity.T, diagonal, smoothing).mean()) / 2
 
   def itm(self, negative_pictures, negative_texts):
     """`negative_pictures`, `negative_texts`: int[B], the hard negatives of each pair."""

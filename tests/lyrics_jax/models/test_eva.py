@@ -1,4 +1,7 @@
-"""BLIP-2's ViT-g: the image encoder without input norm, with biased patches and exact GELU, with the norm behind it equals Hugging Face's, small and at full width."""
+"""BLIP-2's ViT-g with the norm behind it equals Hugging Face's, small and at full width.
+
+It has no input norm, a bias on its patches and the exact GELU.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,8 @@ from lyrics_jax.models.layers.norms import LayerNorm
 TOLERANCE = 1e-4  # float32 in both, summed in another order; behind the norm outputs are of size 1
 FULL = ViTSettings.eva_vit_g_14()
 EVA = {"input_norm": False, "patch_bias": True, "activation": "gelu"}
-SIZES = {"small": ViTSettings(**EVA, image_size=12, patch_size=4, width=32, layers=3, heads=4, mlp_dim=48, norm_eps=1e-6),
+SIZES = {"small": ViTSettings(**EVA, image_size=12, patch_size=4, width=32, layers=3, heads=4, mlp_dim=48,
+                              norm_eps=1e-6),
          # 2 of 39 layers: they are all alike
          "full width": ViTSettings(**EVA, width=FULL.width, layers=2, mlp_dim=FULL.mlp_dim, norm_eps=FULL.norm_eps)}
 
@@ -23,8 +27,8 @@ SIZES = {"small": ViTSettings(**EVA, image_size=12, patch_size=4, width=32, laye
 def test_the_published_size_is_hugging_faces_default():
   theirs = transformers.Blip2VisionConfig()
   assert (FULL.width, FULL.layers, FULL.heads, FULL.mlp_dim, FULL.image_size, FULL.patch_size, FULL.norm_eps) == (
-      theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads, theirs.intermediate_size, theirs.image_size,
-      theirs.patch_size, theirs.layer_norm_eps)
+      theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads, theirs.intermediate_size,
+      theirs.image_size, theirs.patch_size, theirs.layer_norm_eps)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -64,7 +68,8 @@ def test_equals_hugging_face(size):
   graph, state = nnx.split(nnx.eval_shape(lambda: both(nnx.Rngs(0))))
   state = nnx.from_flat_state([(path, variable.replace(jnp.asarray(copied(path).detach().numpy())))
                                for path, variable in nnx.to_flat_state(state)])
-  assert sum(value.size for value in jax.tree.leaves(state)) == sum(parameter.numel() for parameter in theirs.parameters())
+  count = sum(parameter.numel() for parameter in theirs.parameters())
+  assert sum(value.size for value in jax.tree.leaves(state)) == count
 
   @jax.jit
   def ours(state, pictures):
@@ -73,7 +78,8 @@ def test_equals_hugging_face(size):
 
   pictures = np.random.default_rng(0).integers(0, 256, (2, config.image_size, config.image_size, 3), np.uint8)
   with torch.no_grad():
-    expected = theirs(torch.tensor(((pictures / 255 - PIXEL_MEAN) / PIXEL_STD).transpose(0, 3, 1, 2)).float()).last_hidden_state
+    pixels = torch.tensor(((pictures / 255 - PIXEL_MEAN) / PIXEL_STD).transpose(0, 3, 1, 2)).float()
+    expected = theirs(pixels).last_hidden_state
   difference = np.abs(ours(state, pictures) - expected.numpy()).max()
   print(f"largest difference: {difference:.1e}")
   assert difference < TOLERANCE

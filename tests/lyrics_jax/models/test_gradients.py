@@ -14,7 +14,8 @@ STEP = 1e-5  # central differences in float64: error about STEP^2 of truncation 
 @pytest.fixture(scope="module")
 def case():
   """Per loss the package's float32 gradient, and a function from float64 parameters to the reference's four losses."""
-  config = tiny.make_config(batch_size=3, stage__model__connector__former__activation="gelu")  # relu has kinks that differences may cross
+  # relu has kinks, which differences may cross.
+  config = tiny.make_config(batch_size=3, stage__model__connector__former__activation="gelu")
   plan = tiny.make_plan(config)
   trained, frozen = tiny.make_parameters(plan, spread=0.2)
   batch = tiny.make_batch(config)
@@ -35,9 +36,11 @@ def case():
     p = trained | others
     norm = p["connector/image_norm/scale"], p["connector/image_norm/bias"]
     x = image_tokens.astype(np.float64)
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.stage.model.vision.norm_eps) * norm[0] + norm[1]
+    deviation = np.sqrt(x.var(-1, keepdims=True) + config.stage.model.vision.norm_eps)
+    x = (x - x.mean(-1, keepdims=True)) / deviation * norm[0] + norm[1]
     reference = Reference(p, config, x, batch)
-    return {"itc": reference.itc(), "itm": reference.itm(pictures, texts), "icg": reference.icg(), "msp": reference.msp()}
+    return {"itc": reference.itc(), "itm": reference.itm(pictures, texts), "icg": reference.icg(),
+            "msp": reference.msp()}
 
   return {path: np.asarray(value, np.float64) for path, value in trained.items()}, gradients, expected
 

@@ -12,6 +12,10 @@ from lyrics_jax.models.layers.lora import LoRALinear
 from lyrics_jax.models.layers.int8 import dequantise, quantise
 
 
+def make_lora(n, m, axes, **more):
+  return LoRALinear(n, m, axes, LoRASettings(rank=2), **more)
+
+
 def test_a_weight_is_off_by_half_a_step():
   kernel = np.random.default_rng(0).standard_normal((3, 40, 5)).astype(np.float32)
   kernel *= np.array([1e-4, 1, 0, 30, 1e3], np.float32)
@@ -27,8 +31,7 @@ def test_a_weight_is_off_by_half_a_step():
   np.testing.assert_array_equal(outputs_first[1], scale)
 
 
-@pytest.mark.parametrize("make", [Linear, lambda *args, **kwargs: LoRALinear(*args[:3], LoRASettings(rank=2), **kwargs)],
-                         ids=["linear", "lora"])
+@pytest.mark.parametrize("make", [Linear, make_lora], ids=["linear", "lora"])
 def test_a_layer_is_within_the_bound_of_its_rounding(make):
   rngs = lambda: nnx.Rngs(0)
   plain, int8 = (make(64, 24, ("embed", "mlp"), rngs=rngs(), int8=flag) for flag in (False, True))
@@ -40,8 +43,7 @@ def test_a_layer_is_within_the_bound_of_its_rounding(make):
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("make", [Linear, lambda *args, **kwargs: LoRALinear(*args[:3], LoRASettings(rank=2), **kwargs)],
-                         ids=["linear", "lora"])
+@pytest.mark.parametrize("make", [Linear, make_lora], ids=["linear", "lora"])
 def test_heads_are_rows_of_the_same_map(make, int8):
   """`to_heads` and `from_heads` against the plain map of the same draws, with a LoRA that does something."""
   def made(**heads):

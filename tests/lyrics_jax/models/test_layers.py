@@ -14,7 +14,8 @@ from lyrics_jax.models.layers.stack import Stack
 
 def test_attention_that_may_look_nowhere_is_zero():
   rng = np.random.default_rng(0)
-  q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 3, 4, 5), (2, 6, 2, 5), (2, 6, 2, 5)))
+  shapes = (2, 3, 4, 5), (2, 6, 2, 5), (2, 6, 2, 5)
+  q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
   mask = rng.random((2, 1, 3, 6)) < 0.6
   mask[0, 0, 1], mask[1] = False, False
   out = np.asarray(attend(q, k, v, jnp.asarray(mask)))

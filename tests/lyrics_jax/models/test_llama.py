@@ -88,11 +88,12 @@ def test_a_cache_changes_nothing(case, logits):
   for start, end in [(0, first), *((t, t + 1) for t in range(first, LENGTH))]:
     out, cache = step(case.state, IDS[:, start:end], POSITIONS[:, start:end], cache, start)
     said.append(np.asarray(out))
-  np.testing.assert_allclose(np.concatenate(said, axis=1)[VALID], logits[VALID], atol=1e-5, rtol=1e-5)  # the same sums, padded
+  # The same sums, padded.
+  np.testing.assert_allclose(np.concatenate(said, axis=1)[VALID], logits[VALID], atol=1e-5, rtol=1e-5)
 
 
 def test_greedy_decoding_equals_hugging_face(case):
-  """Each prompt's continuation, padding and all, is the one that Hugging Face finds for the prompt alone; after `eos`, `eos`."""
+  """A padded prompt continues as Hugging Face continues the prompt alone; after `eos` comes `eos`."""
   new = 6
   prompts = [IDS[b, :VALID[b].sum()] for b in range(BATCH)]
   alone = []
@@ -104,5 +105,9 @@ def test_greedy_decoding_equals_hugging_face(case):
     alone.append(ids[0, len(prompt):].tolist())
   eos = alone[1][2]  # so that the rows end at different times
   ended = [row[:row.index(eos)] + [eos] * (new - row.index(eos)) if eos in row else row for row in alone]
-  decoded = jax.jit(lambda state: (lambda m: greedy(m, m.words(IDS), jnp.asarray(VALID), new, eos))(nnx.merge(case.graph, state)))
+  @jax.jit
+  def decoded(state):
+    model = nnx.merge(case.graph, state)
+    return greedy(model, model.words(IDS), jnp.asarray(VALID), new, eos)
+
   assert np.asarray(decoded(case.state)).tolist() == ended

@@ -17,13 +17,18 @@ VARIANTS = [  # cross-attention frequency, activation, whether the caption's pos
     *(pytest.param(variant, marks=pytest.mark.slow) for variant in ((2, "gelu", False), (1, "relu", True)))]
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: f"frequency{v[0]}-{v[1]}-{'restart' if v[2] else 'continue'}")
+def name_of(variant):
+  return f"frequency{variant[0]}-{variant[1]}-{'restart' if variant[2] else 'continue'}"
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=name_of)
 def case(request):
   """What the package computes, jitted at once, and the reference of the same parameters and batch."""
   frequency, activation, restart = request.param
   config = tiny.make_config(stage__model__connector__former__layers=4 if frequency == 2 else 2, batch_size=4,
                             stage__model__connector__former__cross_attention_frequency=frequency,
-                            stage__model__connector__former__activation=activation, stage__model__connector__former__restart_positions=restart)
+                            stage__model__connector__former__activation=activation,
+                            stage__model__connector__former__restart_positions=restart)
   plan = tiny.make_plan(config)
   trained, frozen = tiny.make_parameters(plan, spread=0.2)
   batch = tiny.make_batch(config)
@@ -81,15 +86,18 @@ def test_contrastive_pass(case):
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_similarity(case, pooling):
   got, reference, _ = case
-  np.testing.assert_allclose(got["similarity"][pooling], reference.similarity(pooling), atol=1e-4)  # the temperature magnifies 14 times
+  # The temperature magnifies errors 14 times.
+  np.testing.assert_allclose(got["similarity"][pooling], reference.similarity(pooling), atol=1e-4)
 
 
 def test_generation_and_prediction_reuse_the_queries(case):
   got, reference, batch = case
-  queries, _, caption = reference.run("icg", reference.absent(reference.spatial), (batch["icg_ids"], batch["caption_mask"]))
+  generated = batch["icg_ids"], batch["caption_mask"]
+  queries, _, caption = reference.run("icg", reference.absent(reference.spatial), generated)
   close(got["queries"], queries)
   close(got["icg_text"], caption, batch["caption_mask"])
-  queries, spatial, _ = reference.run("msp", (batch["msp_ids"], batch["spatial_mask"]), reference.absent(reference.caption))
+  predicted = batch["msp_ids"], batch["spatial_mask"]
+  queries, spatial, _ = reference.run("msp", predicted, reference.absent(reference.caption))
   close(got["queries"], queries)
   close(got["msp_text"], spatial, batch["spatial_mask"])
 
@@ -116,4 +124,5 @@ def test_losses(case, loss):
 def test_the_total_is_the_sum(case):
   got, _, _ = case
   metrics = got["losses"].metrics
-  assert float(got["losses"].value) == pytest.approx(sum(float(metrics[name]) for name in ("itc", "itm", "icg", "msp")), rel=1e-6)
+  total = sum(float(metrics[name]) for name in ("itc", "itm", "icg", "msp"))
+  assert float(got["losses"].value) == pytest.approx(total, rel=1e-6)

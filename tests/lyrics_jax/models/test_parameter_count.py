@@ -10,8 +10,8 @@
 | LoRA, rank 16, on q and v of Vicuna-13B             |             |  13,107,200 |
 | all                                                 | 198,222,467 | 213,855,744 |
 
-The paper says about 278 M for stage 2, without a breakdown: 64 M more than this. Sizes that it does not state could make
-up for part of it: cross-attention in every layer adds 31 M, LoRA of rank 64 adds 39 M.
+The paper says about 278 M for stage 2, without a breakdown: 64 M more than this. Sizes that it does not state could
+make up for part of it: cross-attention in every layer adds 31 M, LoRA of rank 64 adds 39 M.
 """
 
 import math

@@ -7,7 +7,7 @@ import pytest
 from lyrics_jax.models import visibility
 from lyrics_jax.models.connectors.sight import attention_mask
 
-# For each objective, who may look (row) at whom (column), in the order V, G, S, C: the paper's figure 3, written as text.
+# For each objective, who may look (row) at whom (column), in the order V, G, S, C: the paper's figure 3 as text.
 TABLE = {
     "ITC": {"V": "VG", "G": "VG", "S": "SC", "C": "SC"},
     "ITM": {"V": "VC", "G": "GS", "S": "GS", "C": "VC"},

@@ -28,9 +28,12 @@ def test_equals_hugging_face():
       values = [module.bias if path[3] == "bias" else module.weight for module in modules]
       return torch.stack([value.T if path[3] == "kernel" else value for value in values])
     embeddings = vision.embeddings
-    return {"patch": lambda: embeddings.patch_embedding.weight.permute(2, 3, 1, 0).reshape(-1, 32),
-            "class_token": lambda: embeddings.class_embedding, "positions": lambda: embeddings.position_embedding.weight,
-            "input_norm": lambda: vision.pre_layrnorm.weight if path[-1] == "scale" else vision.pre_layrnorm.bias}[path[0]]()
+    if path[0] == "input_norm":
+      return vision.pre_layrnorm.weight if path[-1] == "scale" else vision.pre_layrnorm.bias
+    if path[0] == "patch":
+      return embeddings.patch_embedding.weight.permute(2, 3, 1, 0).reshape(-1, 32)
+    single = {"class_token": embeddings.class_embedding, "positions": embeddings.position_embedding.weight}
+    return single[path[0]]
 
   config = ViTSettings(image_size=12, patch_size=4, width=32, layers=3, heads=4, mlp_dim=48)
   graph, state = nnx.split(ViT(config, rngs=nnx.Rngs(0)))
@@ -42,6 +45,8 @@ def test_equals_hugging_face():
   processor = transformers.CLIPImageProcessor()
   np.testing.assert_allclose((PIXEL_MEAN, PIXEL_STD), (processor.image_mean, processor.image_std), rtol=1e-6)
   with torch.no_grad():
-    expected = theirs(torch.tensor(normalised.transpose(0, 3, 1, 2)).float(), output_hidden_states=True).hidden_states[-1].numpy()
+    pixels = torch.tensor(normalised.transpose(0, 3, 1, 2)).float()
+    expected = theirs(pixels, output_hidden_states=True).hidden_states[-1].numpy()
   assert ours.shape == (2, config.tokens, 32)
-  np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)  # float32 in both; the residual stream grows to about 10
+  # float32 in both; the residual stream grows to about 10.
+  np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=1e-4)

@@ -12,7 +12,10 @@ from lyrics_jax.training.parameters import ModelParameters
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """`loss(parameters, batch)` and `gradient(trained, frozen, batch)` of a stage; the parameters have noise on biases and scales."""
+  """`loss(parameters, batch)` and `gradient(trained, frozen, batch)` of a stage.
+
+  The parameters have noise on biases and scales.
+  """
   plan: ModelParameters
   trained: dict
   frozen: dict

@@ -33,8 +33,10 @@ def test_fresh_losses_are_those_of_knowing_nothing(fresh):
 
 
 def test_blank_heads_are_exactly_at_chance(align):
-  blank = {path: jnp.zeros_like(value) if path.startswith(("itc_image/kernel", "itc_text/kernel", "itm/", "lm_head/norm/", "lm_head/bias")) else value
-           for path, value in align.parameters.items()}
+  heads = "itc_image/kernel", "itc_text/kernel", "itm/", "lm_head/norm/", "lm_head/bias"
+  blank = {}
+  for path, value in align.parameters.items():
+    blank[path] = jnp.zeros_like(value) if path.startswith(heads) else value
   metrics = align.loss(blank, tiny.make_batch(align.plan.config)).metrics
   chance = {"itc": math.log(8), "itm": math.log(2), "icg": math.log(tiny.VOCABULARY), "msp": math.log(tiny.VOCABULARY)}
   for name, value in chance.items():
@@ -50,13 +52,14 @@ def test_matched_features_leave_the_smoothing_only():
 def test_padding_changes_nothing(align, compiled):
   """Neither longer texts nor more rows of padding, nor what the padding holds."""
   config = align.plan.config
-  longer = compiled("align", data__spatial_length=15, data__caption_length=12, stage__model__connector__local__detection_rows=6,
-                    stage__model__connector__local__mask_rows=7)
+  longer = compiled("align", data__spatial_length=15, data__caption_length=12,
+                    stage__model__connector__local__detection_rows=6, stage__model__connector__local__mask_rows=7)
   batch = tiny.make_batch(config)
   padded = tiny.pad_batch(batch, longer.plan.config)
   before, after = align.loss(align.parameters, batch).metrics, longer.loss(align.parameters, padded).metrics
   for name in LOSSES:
-    assert float(after[name]) == pytest.approx(float(before[name]), rel=1e-5, abs=1e-5), name  # float32, other summation order
+    # float32, in another order of summation.
+    assert float(after[name]) == pytest.approx(float(before[name]), rel=1e-5, abs=1e-5), name
 
 
 def test_queries_do_not_see_the_text(align):
@@ -72,9 +75,10 @@ def test_queries_do_not_see_the_text(align):
   picture = {name: batch[name] for name in ("image", "detection", "detection_mask", "masks", "masks_mask")}
   assert features(align.parameters, picture).shape == (8, 1, 8)  # computed without any text at all
   losses = align.loss(align.parameters, batch).metrics
-  captions = align.loss(align.parameters, batch | {name: other[name] for name in ("caption_ids", "caption_mask", "icg_ids")}).metrics
-  spatial = align.loss(align.parameters, batch | {name: other[name] for name in (
-      "spatial_ids", "spatial_mask", "msp_ids", "msp_targets")}).metrics
+  changed = []
+  for names in (("caption_ids", "caption_mask", "icg_ids"), ("spatial_ids", "spatial_mask", "msp_ids", "msp_targets")):
+    changed.append(align.loss(align.parameters, batch | {name: other[name] for name in names}).metrics)
+  captions, spatial = changed
   assert captions["msp"] == losses["msp"] and captions["icg"] != losses["icg"] and captions["itc"] != losses["itc"]
   assert spatial["icg"] == losses["icg"] and spatial["msp"] != losses["msp"] and spatial["itc"] != losses["itc"]
 

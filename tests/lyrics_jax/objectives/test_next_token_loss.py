@@ -56,7 +56,7 @@ def test_nothing_to_say_is_zero():
 
 
 def test_a_split_vocabulary_stays_split(expected):
-  """On eight devices, rows over four, vocabulary over two: each has its own part of one chunk's logits; none travels."""
+  """On eight devices, rows over four, vocabulary over two: each has a part of one chunk's logits; none travels."""
   mesh, chunk = make_mesh(MeshSettings(2, 2, 2)), 4
   split = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
   batch = NamedSharding(mesh, BATCH)

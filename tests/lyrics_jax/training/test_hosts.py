@@ -8,12 +8,12 @@ import time
 import jax
 import numpy as np
 import pytest
+from run_output import steps_of
 
-from lyrics_jax.sharding import MeshSettings
+from lyrics_jax.inference.loaded import LoadedModel
+from lyrics_jax.sharding import MeshSettings, make_mesh
 from lyrics_jax.training import hosts
-from lyrics_jax.training.checkpoint import open_run
 from lyrics_jax.training.metrics import read
-from lyrics_jax.sharding import make_mesh
 from refiner_export.common.settings import UserError
 
 STEPS = 6
@@ -24,7 +24,10 @@ def on_hosts(start, config, count):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
-  return [start(config, f"--hosts={address},{count},{index}", devices=8 // count) for index in range(count)]
+  processes = []
+  for index in range(count):
+    processes.append(start(config, f"--hosts={address},{count},{index}", devices=8 // count))
+  return processes
 
 
 def finish(processes):
@@ -33,19 +36,13 @@ def finish(processes):
   return errors
 
 
-def parameters(output):
-  checkpoints, _ = open_run(str(output))
-  trained = checkpoints.restore_parameters()
-  checkpoints.close()
-  return checkpoints.latest(), jax.device_get(trained)
-
-
 def assert_same_run(output, other):
-  step, trained = parameters(output)
-  other_step, expected = parameters(other)
-  assert step == other_step and trained.keys() == expected.keys()
+  assert steps_of(output) == steps_of(other)
+  trained, _ = LoadedModel.open(output).parameters
+  expected, _ = LoadedModel.open(other).parameters
+  assert trained.keys() == expected.keys()
   for path, value in expected.items():
-    # A key's bias shifts all scores of a query alike: its gradient is rounding alone, and Adam makes steps of full size of it.
+    # A key's bias shifts all scores of a query alike. Its gradient is rounding alone, of which Adam makes whole steps.
     if not path.endswith("/k/bias"):
       np.testing.assert_allclose(trained[path], value, atol=1e-4, err_msg=path)  # after steps of 1e-2
   for here, there in zip(read(str(output)), read(str(other)), strict=True):
@@ -53,11 +50,11 @@ def assert_same_run(output, other):
 
 
 @pytest.fixture(scope="module", params=["instruct", pytest.param("align", marks=pytest.mark.slow)])
-def one_process(request, make_run, start, tmp_path_factory):
-  """(configuration, errors) of a run of one process with eight devices."""
+def one_process(request, make_run, run_to_end, tmp_path_factory):
+  """The configuration of a finished run of one process with eight devices."""
   config = make_run(request.param, tmp_path_factory.mktemp("alone") / "run", steps=STEPS, checkpoint_every=3,
                     mesh=MeshSettings(2, 2, 2), stage__model__connector__former__dropout=0.1)
-  finish([start(config, devices=8)])
+  run_to_end(config, devices=8)
   return config
 
 
@@ -72,7 +69,7 @@ def test_two_processes_train_like_one(one_process, start, tmp_path):
   assert_same_run(config.output, one_process.output)
 
 
-def test_preempted_together_and_continued_by_one(one_process, start, tmp_path):
+def test_preempted_together_and_continued_by_one(one_process, start, run_to_end, tmp_path):
   """One of two hosts is told to stop: both save the same step, and a single process goes on from there."""
   config = elsewhere(one_process, tmp_path / "run", steps=10_000, checkpoint_every=3)
   processes = on_hosts(start, config, 2)
@@ -82,8 +79,8 @@ def test_preempted_together_and_continued_by_one(one_process, start, tmp_path):
   processes[1].send_signal(signal.SIGTERM)
   errors = finish(processes)
   assert all("preempted: saved step" in lines for lines in errors)
-  step, _ = parameters(config.output)
-  (longer,) = finish([start(elsewhere(config, config.output, steps=step + 1), devices=8)])
+  step = steps_of(config.output)[-1]
+  longer = run_to_end(elsewhere(config, config.output, steps=step + 1), devices=8)
   assert f"continuing from step {step} of" in longer
   assert [line["step"] for line in read(config.output)] == list(range(1, step + 2))
 

@@ -80,7 +80,7 @@ def test_a_batch_that_does_not_divide():
 
 @pytest.mark.parametrize("changes, sizes, message", [
     ({"stage__model__connector__former__vocab_size": 47}, (1, 4, 2),
-     r"config.mesh.tensor=2 does not divide dimension 'vocab' \(47\) of parameter lm_head/bias"),
+     r"config.mesh.tensor=2 does not divide dimension 'vocab' \(47\) of parameter connector/former/words/embedding"),
     ({"stage__model__connector__former__mlp_dim": 33}, (1, 1, 8),
      r"config.mesh.tensor=8 does not divide dimension 'mlp' \(33\) of parameter connector/former/stack/.*/down/kernel"),
     ({"stage__model__connector__former__width": 18}, (1, 4, 2),

@@ -4,6 +4,8 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import small
@@ -60,7 +62,7 @@ def save_run(config: Config, step: int = 7, seed: int = 0) -> dict[str, np.ndarr
   trained, frozen = plan.split(parameters)
   checkpoints = Checkpoints(config.output)
   checkpoints.save_config(config, MANIFEST)
-  checkpoints.save_frozen(plan.turned(frozen), plan)
+  checkpoints.save_frozen(plan.turned(jax.tree.map(jnp.asarray, frozen)), plan)
   checkpoints.manager.save(step, args=ocp.args.Composite(parameters=ocp.args.StandardSave(trained)))
   checkpoints.close()
   return parameters
