@@ -5,8 +5,8 @@
     OUTPUT/frozen/                frozen parameters, written once
     OUTPUT/checkpoints/STEP/      trained parameters, optimizer state, the data iterators' position
 
-Every kernel is [..., n, m] in a checkpoint. Some lie the other way around in a device's memory, where a TPU reads them
-faster (`models/layers/linear.py`); they are turned around here, on saving and on restoring.
+Every kernel is [..., n, m] in a checkpoint. Some kernels lie the other way around in a device's memory, because a TPU
+then reads them faster (`models/layers/linear.py`). They are turned around here, on saving and on restoring.
 """
 
 import functools
@@ -30,7 +30,11 @@ from refiner_export.records.manifest import MANIFEST, Manifest
 
 
 class Checkpoints:
-  """Reads and writes the checkpoints below one output directory."""
+  """Reads and writes the checkpoints below one output directory.
+
+  Args:
+    keep: how many checkpoints stay; older ones are removed.
+  """
 
   def __init__(self, output: str, keep: int = 2):
     self.output = epath.Path(output).absolute()
@@ -44,10 +48,11 @@ class Checkpoints:
     return self.output / "frozen"
 
   def latest(self) -> int | None:
+    """The step of the newest checkpoint; None when there is none."""
     return self.manager.latest_step()
 
   def save(self, state: TrainState, data: grain.DatasetIterator, parameters: ModelParameters) -> None:
-    """Writes in the background; a half-written checkpoint is never taken for a whole one."""
+    """Writes in the background. A half-written checkpoint is never taken for a whole one."""
     step = int(state.step)
     if self.latest() == step:
       return
@@ -58,7 +63,13 @@ class Checkpoints:
         data=ocp.args.JsonSave(position)))
 
   def restore(self, state: TrainState, data: grain.DatasetIterator, parameters: ModelParameters) -> TrainState:
-    """The newest checkpoint, laid out like `state`. `data` is moved to where it stood, whatever the number of hosts."""
+    """The newest checkpoint, laid out like `state`.
+
+    `data` is moved to the position that it had, also when the number of hosts is another one.
+
+    Raises:
+      UserError: the checkpoint is that of another model or optimizer.
+    """
     step = self.latest()
     abstract = turned_state(parameters, jax.tree.map(ocp.utils.to_shape_dtype_struct, state))
     try:
@@ -72,7 +83,11 @@ class Checkpoints:
     return turned_state(parameters, TrainState(count, restored.parameters, restored.optimizer))
 
   def restore_model(self, parameters: ModelParameters, mesh: Mesh) -> tuple[Parameters, Parameters]:
-    """(trained, frozen) parameters of the newest checkpoint as they lie in memory; each device reads its own part."""
+    """(trained, frozen) parameters of the newest checkpoint, as they lie in memory; each device reads its own part.
+
+    Raises:
+      UserError: the checkpoint is that of another model.
+    """
     shardings = parameters.shardings(mesh, stored=True)
     like = _like(parameters, shardings, trained=True)
     args = ocp.args.Composite(parameters=ocp.args.StandardRestore(like))
@@ -83,7 +98,7 @@ class Checkpoints:
     return _turned(parameters, trained), self.restore_frozen(parameters, shardings)
 
   def stored_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """All parameters of the newest checkpoint, trained and frozen, abstract, by the paths that it has."""
+    """Abstract arrays of all parameters of the newest checkpoint, trained and frozen, under the names that it has."""
     shapes = {}
     for directory in self._parameter_directories():
       for path, array in _stored(directory).items():
@@ -91,7 +106,7 @@ class Checkpoints:
     return shapes
 
   def restore_some(self, like: dict[str, jax.ShapeDtypeStruct]) -> Parameters:
-    """These parameters of the newest checkpoint, trained or frozen, laid out like `like`; nothing else is read."""
+    """The parameters of the newest checkpoint that `like` names, laid out as `like` says. Nothing else is read."""
     values = {}
     for directory in self._parameter_directories():
       inside = {path: like[path] for path in _stored(directory) if path in like}
@@ -107,6 +122,7 @@ class Checkpoints:
     return [directory for directory in both if directory.exists()]
 
   def reached_preemption(self, step: int) -> bool:
+    """Whether all hosts are to stop after this step, because one of them was told to."""
     return self.manager.reached_preemption(step)
 
   def close(self) -> None:
@@ -115,15 +131,19 @@ class Checkpoints:
     self.manager.close()
 
   def save_frozen(self, frozen: Parameters, parameters: ModelParameters) -> None:
+    """Writes the frozen parameters, given as they lie in memory, unless the run has them already."""
     if frozen and not self.frozen.exists():
       with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(self.frozen, _turned(parameters, frozen))
 
   def restore_frozen(self, parameters: ModelParameters, shardings: dict) -> Parameters:
-    """The run's frozen parameters as they lie in memory; empty when there are none yet.
+    """The run's frozen parameters, as they lie in memory; empty when none are saved yet.
 
     Args:
       shardings: by path, of the arrays as stored.
+
+    Raises:
+      UserError: they are those of another model.
     """
     if not self.frozen.exists():
       return {}
@@ -143,12 +163,15 @@ class Checkpoints:
 
 
 def turned_state(parameters: ModelParameters, state: TrainState) -> TrainState:
-  """A state, abstract or not, from memory to checkpoints and back; the optimizer's moments lie as their parameters."""
+  """A state as checkpoints have it, from a state as it lies in memory; or the other way. It may be abstract.
+
+  The optimizer's moments lie as their parameters do.
+  """
   return TrainState(state.step, _turned(parameters, state.parameters), _turned(parameters, state.optimizer))
 
 
 def _turned(parameters: ModelParameters, tree):
-  """Turns the leaves around that stand below a path of a transposed parameter."""
+  """The tree with those leaves turned around that stand below the path of a transposed parameter."""
   def turn(place, leaf):
     for key in place:
       if getattr(key, "key", None) in parameters.transposed:
@@ -172,6 +195,7 @@ def _turn(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStru
 
 @functools.cache
 def _turning(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+  """The compiled program whose result is laid out so."""
   def turn(x: jax.Array) -> jax.Array:
     return x.swapaxes(-1, -2)
 
@@ -188,7 +212,7 @@ def _like(parameters: ModelParameters, shardings: dict, trained: bool) -> dict[s
 
 
 def _stored(directory: epath.Path) -> dict:
-  """By path, what Orbax knows of the arrays in a directory without reading them."""
+  """What Orbax knows of the arrays in a directory without reading them, by path."""
   with ocp.PyTreeCheckpointer() as checkpointer:
     return checkpointer.metadata(directory).item_metadata.tree
 
@@ -200,14 +224,14 @@ def _misfit(path: epath.Path, error: Exception) -> UserError:
 
 
 def saved_config(output: str) -> Config:
-  """The configuration of a run. Raises `UserError` when there is none."""
+  """The configuration of the run with this output directory. Raises `UserError` when there is none."""
   remedy = "Name the output directory of python -m lyrics_jax.train"
   path = existing_path(output, "run", remedy) / "config.json"
   return settings.from_dict(Config, json.loads(existing_path(path, "saved configuration", remedy).read_text()))
 
 
 def open_run(output: str) -> tuple[Checkpoints, Config]:
-  """A finished or stopped run. Raises `UserError` when there is none."""
+  """The checkpoints and the configuration of a finished or stopped run. Raises `UserError` when there are none."""
   config = saved_config(output)
   checkpoints = Checkpoints(output, config.keep_checkpoints)
   if checkpoints.latest() is None:
@@ -216,6 +240,9 @@ def open_run(output: str) -> tuple[Checkpoints, Config]:
 
 
 def trained_manifest(output: str, config: Config) -> Manifest:
-  """The manifest of the records a run was trained on: the run's own copy, which needs no records beside it."""
+  """The manifest of the records that a run was trained on.
+
+  It is the run's own copy, so that the records may be gone. A run of before such copies needs its records.
+  """
   copied = epath.Path(output) / MANIFEST
   return Manifest.load(output if copied.exists() else config.data.records)

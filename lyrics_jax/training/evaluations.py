@@ -12,18 +12,18 @@ class EvaluationSettings(Settings):
   """Settings of an evaluation, and how to build it.
 
   Attributes:
-    name: in front of its figures in the metrics: `retrieval/i2t_r1`.
-    every: steps between two measurements; the last step is measured too.
+    name: stands before the figures in the metrics, such as `retrieval/i2t_r1`.
+    every: steps between two measurements. The last step is measured too.
   """
   name: ClassVar[str]
   every: int = 10_000
 
   def build(self, config: Any, fingerprint: str) -> Callable[[Any], dict[str, float]]:
-    """A function of a `LoadedModel` to figures by name.
+    """The function that measures: from a `LoadedModel` to figures by name.
 
     Args:
       config: the run's `Config`.
-      fingerprint: the refiner of the training records, which must have made the evaluation's records too.
+      fingerprint: the refiner of the training records. The same refiner must have made the evaluation's records.
 
     Raises:
       UserError: what the evaluation needs is missing or does not fit.
@@ -42,9 +42,9 @@ class EvaluationSettings(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """An evaluation that is built: on several hosts all of them call it at the same steps.
+  """An evaluation that is built. With several hosts, all hosts call it at the same steps.
 
-  It draws no random numbers and changes nothing, so that a run with it takes the same steps as a run without.
+  It draws no random numbers and changes nothing: a run takes the same steps with it as without it.
   """
   name: str
   every: int

@@ -46,6 +46,6 @@ def _parse(hosts: str) -> tuple[str, int, int]:
 
 
 def _on_cloud_tpu() -> bool:
-  """Whether this machine has TPU chips and the library for them. Asking JAX would start its devices, too early."""
+  """Whether this machine has TPU chips and the library for them. Asking JAX would start the chips too early."""
   chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
   return importlib.util.find_spec("libtpu") is not None and bool(chips)

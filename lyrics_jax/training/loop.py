@@ -1,14 +1,17 @@
 """The training loop of every stage.
 
-Order of one step, and why: take a batch; dispatch the step, which is asynchronous; only then look at the metrics of the
-step before, so that the device never waits for the host; evaluate; save; log; stop when preempted.
+The order of one step: take a batch; dispatch the step; report the step before; evaluate; save; stop when preempted.
+Dispatching returns at once. The figures of the step before are read only after it, so that the device never waits for
+the host.
 """
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 from absl import logging
@@ -18,7 +21,6 @@ from lyrics_jax.config import Config
 from lyrics_jax.data.batch import text_masks, text_tokens
 from lyrics_jax.data.buckets import Lengths, cut_to, lengths_of, most_shapes
 from lyrics_jax.data.loader import train_batches
-from lyrics_jax.data.rows import Records
 from lyrics_jax.sharding import check_batch, global_batch, make_mesh
 from lyrics_jax.training.checkpoint import Checkpoints
 from lyrics_jax.training.evaluations import Evaluation
@@ -28,36 +30,35 @@ from lyrics_jax.training.optimizer import learning_rate, make_optimizer
 from lyrics_jax.training.parameters import ModelParameters, Parameters
 from lyrics_jax.training.step import TrainState, initial_state, make_train_step
 from refiner_export.common.settings import UserError
+from refiner_export.records.reader import RecordDirectory
 
 
 class NonFiniteLoss(UserError):
-  """A loss or gradient became infinite or not a number; the message names the step and the examples."""
+  """A loss or gradient is infinite or not a number. The message names the step and the records."""
 
 
-def train(config: Config, records: Records, find_origin: Callable[[ModelParameters], Origin | None],
+def train(config: Config, records: RecordDirectory, find_origin: Callable[[ModelParameters], Origin | None],
           evaluations: Sequence[Evaluation] = (), load: Callable[..., Any] | None = None) -> None:
   """Trains `config.stage` from the newest checkpoint in `config.output`, or from the start, to `config.steps`.
 
   Args:
-    records: what is trained on; it has a `manifest`.
-    find_origin: what a new run starts from, by the model's parameters; None for fresh ones.
+    records: what is trained on.
+    find_origin: what a new run of this model starts from; None stands for fresh parameters.
     evaluations: what is measured on the way.
     load: makes the `LoadedModel` that evaluations are given, from (model parameters, mesh, trained, frozen).
   """
-  # --- mesh and model: everything abstract first ---
+  # --- mesh, model and step: all of it abstract, so that a mistake is found before data and weights are read ---
   mesh = make_mesh(config.mesh)
   check_batch(config.microbatch, mesh)
   parameters = ModelParameters.of(config)
   optimizer = make_optimizer(config.optimizer, config.steps, parameters.split(parameters.axes)[0])
-  parameters.shardings(mesh)
+  train_step = make_train_step(parameters, optimizer, learning_rate(config.optimizer, config.steps), mesh)
+  logging.info("parameters\n%s", parameters.report())
 
   # --- data ---
-  examples = config.data.rows.examples(config.data, config.fields, config.dimensions, config.stage.objectives)
-  data = train_batches(config.data, examples, records, config.batch_size, config.seed, jax.process_index(),
-                       jax.process_count())
+  data = _batches(config, records)
 
   # --- parameters: from this run's newest checkpoint, from elsewhere, or fresh ---
-  logging.info("parameters\n%s", parameters.report())
   checkpoints = Checkpoints(config.output, config.keep_checkpoints)
   origin = find_origin(parameters) if checkpoints.latest() is None else None
   trained, frozen = initial_parameters(parameters, mesh, checkpoints, origin)
@@ -69,38 +70,63 @@ def train(config: Config, records: Records, find_origin: Callable[[ModelParamete
   checkpoints.save_config(config, records.manifest)  # not before the old checkpoint was found to fit
 
   # --- loop ---
-  start = int(state.step)
-  schedule = learning_rate(config.optimizer, config.steps)
-  train_step = make_train_step(parameters, optimizer, schedule, mesh)
-  key = jax.random.key(config.seed)
-  metrics = Metrics(config.output, start, config.steps)
+  start, key = int(state.step), jax.random.key(config.seed)
+  shapes, reports = _Shapes(config), _Reports(config, Metrics(config.output, start, config.steps))
   measure = _Measure(evaluations, load, parameters, mesh, config.steps)
-  shapes = _Shapes(config)
-  pending = None  # (step, its metrics on the device, its records' names)
-  # Closed after an error too: a checkpoint may still be on its way to the disk.
-  with jax.set_mesh(mesh), contextlib.closing(checkpoints), contextlib.closing(metrics), _preemption() as preempted:
+  # Both are closed after an error too: a checkpoint may still be on its way to the disk.
+  with jax.set_mesh(mesh), contextlib.closing(checkpoints), contextlib.closing(reports), _preemption() as preempted:
     for step in range(start + 1, config.steps + 1):
       batch = next(data)
       names = batch.pop("records")
       batch = shapes.cut(step, batch)
       state, values = train_step(state, frozen, global_batch(mesh, batch), key)
-      if pending is not None:
-        _finish(metrics, config, *pending)
-      # Counted after the step before was told its rates.
-      metrics.count(text_tokens(batch, config.fields) * jax.process_count(), config.batch_size)
+      reports.finish()  # the step before
+      reports.count(batch)
       if measure.due(step):
-        jax.block_until_ready(values)  # the step's own time counts as training
-        with metrics.paused():
+        with reports.paused(values):
           values = values | measure(step, state, frozen)
-      pending = (step, values, names)
-      stop = preempted() or checkpoints.reached_preemption(step)
+      reports.begin(step, values, names)
+      stop = preempted.is_set() or checkpoints.reached_preemption(step)
       if stop or step % config.checkpoint_every == 0 or step == config.steps:
-        _finish(metrics, config, *pending)  # a state that is not finite is never saved as good
-        pending = None
+        reports.finish()  # a state that is not finite is never saved as good
         checkpoints.save(state, data, parameters)
       if stop:
         logging.warning("preempted: saved step %d of %s; start again to continue", step, config.output)
         break
+
+
+def _batches(config: Config, records: RecordDirectory) -> grain.DatasetIterator:
+  """The batches of this host."""
+  examples = config.data.rows.examples(config.data, config.fields, config.dimensions, config.stage.objectives)
+  return train_batches(config.data, examples, records, config.batch_size, config.seed, jax.process_index(),
+                       jax.process_count())
+
+
+class _Shapes:
+  """Cuts the texts of a batch to their bucket, and says which shapes are compiled."""
+
+  def __init__(self, config: Config):
+    self.fields, self.buckets = config.fields, config.data.buckets
+    self.met: list[Lengths] = []
+
+  def cut(self, step: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    lengths = _agree(lengths_of(self.fields, self.buckets, batch))
+    if lengths not in self.met:
+      self.met.append(lengths)
+      texts = []
+      for name in text_masks(self.fields):
+        texts.append(f"{lengths[name]} ({name.removesuffix('_mask')})")
+      logging.info("step %d: compiling for texts of %s tokens (%d of at most %d compilations)", step, ", ".join(texts),
+                   len(self.met), most_shapes(self.fields, self.buckets))
+    return cut_to(lengths, batch)
+
+
+def _agree(lengths: Lengths) -> Lengths:
+  """With several hosts, take the maximum length over hosts for each array: one global batch has one shape."""
+  if jax.process_count() == 1:
+    return lengths
+  everywhere = multihost_utils.process_allgather(np.array(list(lengths.values()), np.int32))
+  return dict(zip(lengths, everywhere.max(0).tolist()))
 
 
 class _Measure:
@@ -127,58 +153,64 @@ class _Measure:
     return figures
 
 
-class _Shapes:
-  """Cuts the texts of a batch to their bucket, and says which shapes are compiled."""
+class _Reports:
+  """Writes the figures of a step when the next step is already on the device."""
 
-  def __init__(self, config: Config):
-    self.fields, self.buckets = config.fields, config.data.buckets
-    self.met: list[Lengths] = []
+  def __init__(self, config: Config, metrics: Metrics):
+    self.config, self.metrics = config, metrics
+    self.pending: tuple[int, dict[str, jax.Array], list[str]] | None = None
 
-  def cut(self, step: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    lengths = _agree(lengths_of(self.fields, self.buckets, batch))
-    if lengths not in self.met:
-      self.met.append(lengths)
-      texts = ", ".join(f"{lengths[name]} ({name.removesuffix('_mask')})" for name in text_masks(self.fields))
-      logging.info("step %d: compiling for texts of %s tokens (%d of at most %d compilations)", step, texts,
-                   len(self.met), most_shapes(self.fields, self.buckets))
-    return cut_to(lengths, batch)
+  def begin(self, step: int, values: dict[str, jax.Array], names: list[str]) -> None:
+    """Keeps a step's figures, which may not be computed yet, and the names of this host's records in its batch."""
+    self.pending = step, values, names
 
+  def finish(self) -> None:
+    """Waits for the figures of the step that was begun. Raises `NonFiniteLoss`."""
+    if self.pending is None:
+      return
+    step, values, names = self.pending
+    self.pending = None
+    values = jax.tree.map(float, jax.device_get(values))
+    if not values.pop("finite"):
+      raise NonFiniteLoss(f"loss or gradient is not finite at step {step} (loss {values['loss']}, gradient norm "
+                          f"{values['gradient_norm']}); the update was not applied. Examples on this host: "
+                          f"{', '.join(names)}. Lower config.optimizer.peak_lr, or look at these records; the last "
+                          "checkpoint is good")
+    if step % self.config.log_every == 0 or step == self.config.steps:
+      self.metrics.write(step, values)
 
-def _agree(lengths: Lengths) -> Lengths:
-  """With several hosts, the maximum length over hosts for each array: one global batch has one shape."""
-  if jax.process_count() == 1:
-    return lengths
-  everywhere = multihost_utils.process_allgather(np.array(list(lengths.values()), np.int32))
-  return dict(zip(lengths, everywhere.max(0).tolist()))
+  def count(self, batch: dict[str, np.ndarray]) -> None:
+    """Adds a batch to the throughput. Called after `finish`, which writes the rates of the steps before."""
+    self.metrics.count(text_tokens(batch, self.config.fields) * jax.process_count(), self.config.batch_size)
 
+  @contextlib.contextmanager
+  def paused(self, values: dict[str, jax.Array]) -> Iterator[None]:
+    """What happens inside does not count in the rates. The step that computes `values` does, so it is awaited."""
+    jax.block_until_ready(values)
+    with self.metrics.paused():
+      yield
 
-def _finish(metrics: Metrics, config: Config, step: int, values: dict[str, jax.Array], names: list[str]) -> None:
-  values = {name: float(value) for name, value in jax.device_get(values).items()}
-  if not values.pop("finite"):
-    raise NonFiniteLoss(f"loss or gradient is not finite at step {step} (loss {values['loss']}, gradient norm "
-                        f"{values['gradient_norm']}); the update was not applied. Examples on this host: "
-                        f"{', '.join(names)}. Lower config.optimizer.peak_lr, or look at these records; the last "
-                        "checkpoint is good")
-  if step % config.log_every == 0 or step == config.steps:
-    metrics.write(step, values)
+  def close(self) -> None:
+    self.metrics.close()
 
 
 @contextlib.contextmanager
-def _preemption() -> Iterator[Callable[[], bool]]:
-  """Makes SIGTERM, which clouds send before taking a machine, end the loop after its current step; yields the question.
+def _preemption() -> Iterator[threading.Event]:
+  """An event that SIGTERM sets; clouds send this signal before they take a machine. The loop then ends after its step.
 
-  Several hosts must stop after the same step: there JAX's own service catches the signal and Orbax asks it.
+  Several hosts must stop after the same step. There JAX's own service catches the signal, Orbax asks the service, and
+  this event is never set.
   """
+  preempted = threading.Event()
   if jax.process_count() > 1:
-    yield lambda: False
+    yield preempted
     return
-  received = []
 
   def receive(*_) -> None:
-    received.append(True)
+    preempted.set()
 
   before = signal.signal(signal.SIGTERM, receive)
   try:
-    yield lambda: bool(received)
+    yield preempted
   finally:
     signal.signal(signal.SIGTERM, before)

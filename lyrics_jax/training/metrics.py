@@ -12,7 +12,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-_QUIET = ("step", "gradient_norm", "learning_rate")  # written, but not shown in the line
+_QUIET = ("gradient_norm", "learning_rate")  # written, but not shown in the progress line
 
 
 class Metrics:
@@ -25,9 +25,12 @@ class Metrics:
     directory = epath.Path(output)
     directory.mkdir(parents=True, exist_ok=True)
     self.path = directory / "metrics.jsonl"
-    # Later steps will be computed again.
-    self.lines = [entry for entry in read(output) if entry["step"] <= start]
-    self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+    # Steps beyond `start` are computed again. A line cut off by a kill would spoil the next one.
+    kept = ""
+    for entry in read(output):
+      if entry["step"] <= start:
+        kept += json.dumps(entry) + "\n"
+    self.path.write_text(kept)
     self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=start)
     self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
     self.steps, self.started, self.start = steps, time.monotonic(), start
@@ -35,7 +38,7 @@ class Metrics:
     self.window = time.monotonic()
 
   def count(self, tokens: int, images: int) -> None:
-    """Adds one step's global numbers of tokens and pictures to the throughput."""
+    """Adds a step's numbers of tokens and pictures, over all hosts, to the throughput."""
     if self.main:
       self.tokens, self.images = self.tokens + tokens, self.images + images
       if self.bar:
@@ -56,17 +59,19 @@ class Metrics:
     elapsed = max(time.monotonic() - self.window, 1e-9)
     rates = {"tokens_per_second": self.tokens / elapsed, "images_per_second": self.images / elapsed}
     self.tokens, self.images, self.window = 0, 0, time.monotonic()
-    entry = {"step": step, **values, **rates}
-    self.lines.append(entry)
     with self.path.open("a") as file:
-      file.write(json.dumps(entry) + "\n")
+      file.write(json.dumps({"step": step, **values, **rates}) + "\n")
     for name, value in (values | rates).items():
       self.board.add_scalar(name, value, step)
     self._show(step, values, rates["tokens_per_second"])
 
   def _show(self, step: int, values: dict[str, float], tokens_per_second: float) -> None:
-    """A line, or the bar's text, with the losses; figures of evaluations, which have a slash, are left out."""
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items() if name not in _QUIET and "/" not in name)
+    """A line, or the bar's text, with the losses. Figures of evaluations, which have a slash, are left out."""
+    losses = []
+    for name, value in values.items():
+      if name not in _QUIET and "/" not in name:
+        losses.append(f"{name} {value:.3f}")
+    shown = "  ".join(losses)
     if self.bar:
       self.bar.set_postfix_str(shown)
       return
@@ -83,7 +88,7 @@ class Metrics:
 
 
 def read(output: str) -> list[dict[str, float]]:
-  """The metrics of a run so far; a line cut off by a kill is left out."""
+  """The metrics of a run so far, one dictionary a line. A line that a kill cut off is left out."""
   path = epath.Path(output) / "metrics.jsonl"
   entries = []
   for line in path.read_text().splitlines() if path.exists() else []:

@@ -75,16 +75,17 @@ def make_optimizer(settings: OptimizerSettings, steps: int, axes: Mapping[str, t
   def decays(parameters: Mapping[str, jax.Array]) -> dict[str, bool]:
     return {path: len(axes[path]) >= 2 for path in parameters}
 
-  clip = optax.clip_by_global_norm(settings.clip_norm)
   adamw = optax.adamw(learning_rate(settings, steps), settings.beta1, settings.beta2,
                       weight_decay=settings.weight_decay, mask=decays)
-  if not settings.rates:
-    return optax.chain(clip, adamw)
-  return optax.chain(clip, adamw, _scale_by_rates(settings, axes))
+  return optax.chain(optax.clip_by_global_norm(settings.clip_norm), _with_rates(adamw, settings, axes))
 
 
-def _scale_by_rates(settings: OptimizerSettings, axes: Mapping[str, tuple]) -> optax.GradientTransformation:
-  """Multiplies the update of a parameter by its learning rate over the common one."""
+def _with_rates(optimizer: optax.GradientTransformation, settings: OptimizerSettings,
+                axes: Mapping[str, tuple]) -> optax.GradientTransformation:
+  """Multiplies the update of a parameter by its learning rate over the common one.
+
+  The state is that of `optimizer`, so that a run may go on with other rates.
+  """
   for n, rate in enumerate(settings.rates):
     require(any(fnmatch.fnmatchcase(path, rate.pattern) for path in axes),
             f"config.optimizer.rates[{n}].pattern={rate.pattern!r} matches no trained parameter; the first that is "
@@ -96,7 +97,8 @@ def _scale_by_rates(settings: OptimizerSettings, axes: Mapping[str, tuple]) -> o
         return rate.peak_lr / settings.peak_lr
     return 1.0
 
-  def scale(updates: Mapping[str, jax.Array], _) -> dict[str, jax.Array]:
-    return {path: factor(path) * update for path, update in updates.items()}
+  def update(gradients: Mapping[str, jax.Array], state: optax.OptState, parameters: Mapping[str, jax.Array]):
+    updates, state = optimizer.update(gradients, state, parameters)
+    return {path: factor(path) * of_path for path, of_path in updates.items()}, state
 
-  return optax.stateless(scale)
+  return optax.GradientTransformation(optimizer.init, update) if settings.rates else optimizer

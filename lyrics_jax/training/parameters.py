@@ -23,11 +23,15 @@ Abstract = dict[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True)
 class ModelParameters:
-  """Everything about the parameters of a run that is known before one exists.
+  """What is known of a run's parameters before one of them exists.
 
-  `shapes`: abstract arrays by path as checkpoints have them, every kernel [..., n, m], frozen ones in their storage
-  dtype. `axes`: their logical axes. `transposed`: the kernels that lie in memory as [..., m, n], see
-  `models/layers/linear.py`.
+  Attributes:
+    config: of the run.
+    graph, variables: the model without its arrays, to which `model` adds them.
+    shapes: abstract arrays by path, as checkpoints have them: every kernel is [..., n, m], and frozen parameters have
+      their storage dtype.
+    axes: the logical axes of `shapes`, without the axis of scanned layers.
+    transposed: paths of the kernels that lie in memory as [..., m, n]; see `models/layers/linear.py`.
   """
   config: Config
   graph: nnx.GraphDef
@@ -43,7 +47,7 @@ class ModelParameters:
     graph, state = nnx.split(nnx.eval_shape(lambda: stage.build(compute, nnx.Rngs(0))))
     variables, shapes, axes, transposed = {}, {}, {}, set()
     for place, variable in nnx.to_flat_state(state):
-      path, metadata = "/".join(map(str, place)), variable.get_metadata()
+      path, metadata = _path(place), variable.get_metadata()
       kept = stage.trains(path) or metadata.get("keeps_dtype", False)
       shape, logical = variable.shape, metadata["logical_axes"]
       if metadata.get("transposed", False):
@@ -65,19 +69,23 @@ class ModelParameters:
               "this part, or set config.compute.frozen_dtype=bfloat16")
 
   def paths(self, trained: bool) -> list[str]:
+    """The paths of the trained parameters, or of the frozen ones."""
     return [path for path in self.shapes if self.config.stage.trains(path) == trained]
 
   @property
   def memory(self) -> Abstract:
     """Abstract arrays as they lie in memory."""
-    return {path: self._in_memory(path) for path in self.shapes}
-
-  def _in_memory(self, path: str) -> jax.ShapeDtypeStruct:
-    shape = self.shapes[path]
-    return jax.ShapeDtypeStruct(_swapped(shape.shape), shape.dtype) if path in self.transposed else shape
+    memory = dict(self.shapes)
+    for path in self.transposed:
+      shape = self.shapes[path]
+      memory[path] = jax.ShapeDtypeStruct(_swapped(shape.shape), shape.dtype)
+    return memory
 
   def shardings(self, mesh: Mesh, stored: bool = False) -> dict[str, NamedSharding]:
-    """Where parameters lie in memory; with `stored`, the same for the arrays as checkpoints have them.
+    """Where parameters lie on a mesh.
+
+    Args:
+      stored: whether the arrays are as checkpoints have them, not as they lie in memory.
 
     Raises:
       UserError: the mesh does not divide a dimension.
@@ -91,37 +99,42 @@ class ModelParameters:
     return shardings
 
   def turned(self, parameters: Parameters) -> Parameters:
-    """From how arrays lie in memory to how checkpoints have them, and back: it is the same operation."""
+    """Arrays as checkpoints have them, from arrays as they lie in memory; or the other way, which is the same."""
     turned = {}
     for path, value in parameters.items():
       turned[path] = value.swapaxes(-1, -2) if path in self.transposed else value
     return turned
 
   def initialise(self, mesh: Mesh, seed: int) -> tuple[Parameters, Parameters]:
-    """Fresh (trained, frozen) parameters, made where they will lie."""
+    """Fresh (trained, frozen) parameters, made on the devices where they will lie."""
     return self.split(self.fresh(mesh, seed, self.shapes))
 
   def fresh(self, mesh: Mesh, seed: int, paths: Collection[str]) -> Parameters:
-    """The fresh parameters with these paths, as they lie in memory; the others are never in memory."""
+    """The fresh parameters with these paths, as they lie in memory. No other parameter takes memory meanwhile."""
     if not paths:
       return {}
     stage, compute, shardings = self.config.stage, self.config.compute, self.shardings(mesh)
 
     def create(key: jax.Array) -> Parameters:
       _, state = nnx.split(stage.build(compute, nnx.Rngs(params=key)))
-      values = {"/".join(map(str, place)): variable[...] for place, variable in nnx.to_flat_state(state)}
-      return {path: values[path].astype(self.shapes[path].dtype) for path in paths}
+      values = {}
+      for place, variable in nnx.to_flat_state(state):
+        path = _path(place)
+        if path in out_shardings:
+          values[path] = variable[...].astype(self.shapes[path].dtype)
+      return values
 
+    out_shardings = {path: shardings[path] for path in paths}
     with jax.set_mesh(mesh):
-      return jax.jit(create, out_shardings={path: shardings[path] for path in paths})(jax.random.key(seed))
+      return jax.jit(create, out_shardings=out_shardings)(jax.random.key(seed))
 
   def split(self, parameters: Mapping) -> tuple[dict, dict]:
-    """(trained, frozen)."""
+    """(trained, frozen), in the order of `shapes`."""
     trained = {path: parameters[path] for path in self.paths(trained=True)}
     return trained, {path: parameters[path] for path in self.paths(trained=False)}
 
   def model(self, trained: Parameters, frozen: Parameters) -> nnx.Module:
-    """The module with these parameters, as they lie in memory."""
+    """The module with these parameters, which are as they lie in memory."""
     values = trained | frozen
     state = []
     for path, variable in self.variables.items():
@@ -129,6 +142,7 @@ class ModelParameters:
     return nnx.merge(self.graph, nnx.from_flat_state(state))
 
   def count(self, trained: bool) -> int:
+    """The number of trained, or of frozen, values."""
     return sum(math.prod(self.shapes[path].shape) for path in self.paths(trained))
 
   def report(self) -> str:
@@ -145,14 +159,19 @@ class ModelParameters:
 
 
 def part(path: str) -> str:
-  """The part of the model that a parameter belongs to: `vision`, `connector/former`, `llm`, `itm`."""
+  """The part of the model that a parameter belongs to, such as `vision`, `connector/former`, `llm` or `itm`."""
   first, *rest = path.split("/")
   return f"{first}/{rest[0]}" if first == "connector" else first
 
 
 def _swapped(sizes: tuple) -> tuple:
-  """The last two change places."""
+  """The same, but the last two have changed places."""
   return (*sizes[:-2], sizes[-1], sizes[-2])
+
+
+def _path(place: tuple[str | int, ...]) -> str:
+  """From the names and numbers that lead to a variable in an NNX state."""
+  return "/".join(map(str, place))
 
 
 def _place(path: str) -> tuple[str | int, ...]:

@@ -1,4 +1,7 @@
-"""The train step: gradients of the trained parameters over microbatches, one update, metrics. Pure, jitted, donated."""
+"""The train step: gradients of the trained parameters over microbatches, one update, metrics.
+
+The step is one pure function, compiled by `jax.jit`.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +21,7 @@ Batch = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-  """What a step changes. `step`: int32[], the number of updates done."""
+  """What a step changes. `step`: int32[], the number of updates that are done."""
   step: jax.Array
   parameters: Parameters
   optimizer: optax.OptState
@@ -28,8 +31,11 @@ def make_train_step(parameters: ModelParameters, optimizer: optax.GradientTransf
                     mesh: Mesh) -> Callable:
   """`train_step(state, frozen, batch, key) -> (state, metrics)`; the state is donated.
 
-  The key of a step is derived from the run's key and the step number, so that a resumed run repeats an uninterrupted
-  one. An update whose loss or gradient is not finite is not applied; `metrics["finite"]` says so.
+  A step's random key follows from the run's key and the number of the step, so that a resumed run repeats an
+  uninterrupted one. An update whose loss or gradient is not finite is not applied; `metrics["finite"]` says so.
+
+  Raises:
+    UserError: the mesh does not divide a dimension of a parameter.
   """
   stage, microbatches = parameters.config.stage, parameters.config.optimizer.accumulate_steps
 
@@ -51,7 +57,7 @@ def make_train_step(parameters: ModelParameters, optimizer: optax.GradientTransf
       gradient, weight, metrics = of_microbatch(batch, key)
     else:
       gradient, weight, metrics = _accumulate(of_microbatch, batch, key, microbatches, mesh)
-    gradient = jax.tree.map(lambda g: g / jnp.maximum(weight, 1e-6), gradient)
+    gradient = _divided(gradient, weight)
     norm = optax.global_norm(gradient)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
@@ -69,16 +75,28 @@ def make_train_step(parameters: ModelParameters, optimizer: optax.GradientTransf
 
 
 def _where(condition: jax.Array, new, old):
+  """Each leaf of `new` if the condition, bool[], holds, else that of `old`."""
   return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
+def _divided(tree, weight: jax.Array):
+  """Each leaf divided by the weight, float32[]. A sum over nothing has the weight 0 and stays 0."""
+  return jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-6), tree)
+
+
 def state_sharding(parameters: ModelParameters, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Shardings of the train state: the optimizer's moments lie with their parameters."""
+  """Shardings of the train state: the optimizer's moments lie with their parameters, its counters everywhere."""
   trained, _ = parameters.split(parameters.shardings(mesh))
   memory, _ = parameters.split(parameters.memory)
   abstract = jax.eval_shape(optimizer.init, memory)
-  moments = optax.tree.map_params(optimizer, lambda _, sharding: sharding, abstract, trained,
-                                  transform_non_params=lambda _: everywhere(mesh))
+
+  def of_moment(_, sharding: NamedSharding) -> NamedSharding:
+    return sharding
+
+  def of_counter(_) -> NamedSharding:
+    return everywhere(mesh)
+
+  moments = optax.tree.map_params(optimizer, of_moment, abstract, trained, transform_non_params=of_counter)
   return TrainState(everywhere(mesh), trained, moments)
 
 
@@ -91,9 +109,9 @@ def initial_state(parameters: ModelParameters, optimizer: optax.GradientTransfor
 
 
 def _accumulate(gradients: Callable, batch: Batch, key: jax.Array, microbatches: int, mesh: Mesh):
-  """Sums gradients over microbatches; metrics are averaged with the microbatches' weights.
+  """The sums of gradients and weights over microbatches, and the metrics' means by weight.
 
-  Every device keeps its rows: microbatch m takes the m-th part of each device's share, so that nothing moves.
+  Microbatch m takes the m-th part of the rows of each device, so that no row moves to another device.
   """
   shards = batch_shards(mesh)
 
@@ -101,13 +119,15 @@ def _accumulate(gradients: Callable, batch: Batch, key: jax.Array, microbatches:
     x = x.reshape(shards, microbatches, -1, *x.shape[1:]).swapaxes(0, 1)
     return x.reshape(microbatches, -1, *x.shape[3:])
 
-  def body(total, slices):
-    gradient, weight, metrics = gradients(*slices)
-    weighted = (gradient, weight, jax.tree.map(lambda m: m * weight, metrics))
-    return jax.tree.map(jnp.add, total, weighted), None
+  def weighted(batch: Batch, key: jax.Array):
+    gradient, weight, metrics = gradients(batch, key)
+    return gradient, weight, jax.tree.map(lambda m: m * weight, metrics)
 
-  slices = (jax.tree.map(fold, batch), jax.random.split(key, microbatches))
-  first = jax.eval_shape(lambda s: gradients(*jax.tree.map(lambda a: a[0], s)), slices)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
-  (gradient, weight, metrics), _ = jax.lax.scan(body, zeros, slices)
-  return gradient, weight, jax.tree.map(lambda m: m / jnp.maximum(weight, 1e-6), metrics)
+  def add(total, of_microbatch):
+    return jax.tree.map(jnp.add, total, weighted(*of_microbatch)), None
+
+  slices = jax.tree.map(fold, batch), jax.random.split(key, microbatches)
+  first = jax.tree.map(lambda x: x[0], slices)
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(weighted, *first))
+  (gradient, weight, metrics), _ = jax.lax.scan(add, zeros, slices)
+  return gradient, weight, _divided(metrics, weight)

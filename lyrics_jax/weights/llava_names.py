@@ -48,8 +48,8 @@ LEFT_OVER = {
 class WithAddedRows(Form):
   """In the file, rows of added tokens stand behind our rows.
 
-  Reading leaves them out. Writing fills them with the mean of our rows: a token whose logit is the mean of all logits is
-  never the most probable one.
+  Reading leaves them out. Writing fills them with the mean of our rows: a token whose logit is the mean of all logits
+  is never the most probable one.
 
   Attributes:
     form: how our rows lie in the file.

@@ -1,4 +1,4 @@
-"""Compares the config.json of a Hugging Face directory with our settings: the shapes of tensors do not tell everything."""
+"""Compares the config.json of a Hugging Face directory with our settings: shapes of tensors do not tell everything."""
 
 import json
 from collections.abc import Mapping

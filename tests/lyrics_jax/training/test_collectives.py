@@ -17,7 +17,10 @@ BATCH = 16
 
 
 def collectives(sizes, negatives):
-  """{kind: sizes in elements} of the collectives in a compiled train step, and sizes of the pictures' frozen features."""
+  """What a compiled train step sends between devices, and the sizes of the pictures' frozen features.
+
+  The first is {kind of collective: sizes in elements}.
+  """
   config = tiny.make_config(batch_size=BATCH, mesh=MeshSettings(*sizes), stage__objectives__1__negatives=negatives)
   mesh = make_mesh(config.mesh)
   plan = tiny.make_plan(config)
@@ -49,7 +52,10 @@ def globally():
 
 
 def test_data_parallel_needs_gradients_and_features_only(local):
-  """With local negatives: sums of gradients and losses, ITC features, captions' ids, the similarity. Nothing of a picture."""
+  """With local negatives: sums of gradients and losses, ITC features, captions' ids, the similarity.
+
+  Nothing of a picture travels.
+  """
   found, features = local
   assert set(found) <= {"all-reduce", "all-gather", "all-to-all"}
   assert found["all-reduce"] and found["all-gather"]
@@ -58,7 +64,7 @@ def test_data_parallel_needs_gradients_and_features_only(local):
 
 
 def test_global_negatives_move_frozen_features_once(globally, local):
-  """Those of the whole batch; and no gradient comes back but the parameters', of two parts of which there are now two."""
+  """Those of the whole batch. No gradient comes back but that of the parameters, of which two parts have now two."""
   found, features = globally
   assert sorted(found["all-gather"])[-len(features):] == features
   assert sum(found["all-reduce"]) < sum(local[0]["all-reduce"]) + 2 * features[-1]

@@ -1,4 +1,4 @@
-"""Several processes that train one model: the same parameters as one process; preempted together; continued by fewer."""
+"""Several processes that train one model: like one process, preempted together, continued by fewer."""
 
 import dataclasses
 import signal

@@ -25,9 +25,11 @@ from lyrics_jax.weights.sources import find
 BLOCKS = ("llm/stack/", "vision/stack/")
 
 
-def published(frozen_dtype) -> ModelParameters:
+def published(frozen_dtype: str) -> ModelParameters:
+  """Stage 2 with adapters, at the paper's sizes."""
   config = Config(
-      stage=Stage(VLMSettings(), (NextToken(),), tiny.LORA), output="unused", compute=Compute(frozen_dtype=frozen_dtype),
+      stage=Stage(VLMSettings(), (NextToken(),), tiny.LORA), output="unused",
+      compute=Compute(frozen_dtype=frozen_dtype),
       data=DataSettings(records="unused", rows=Conversations(), mq_former_tokenizer="unused", llm_tokenizer="unused"))
   config.finalize()
   return tiny.make_plan(config)

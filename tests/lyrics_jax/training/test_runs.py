@@ -129,7 +129,7 @@ def test_stage_2_without_its_tokenizer(make_run, tmp_path):
                                          ("stage__model__connector__former__layers", 3),
                                          ("stage__model__vision__mlp_dim", 64)])
 def test_a_checkpoint_of_another_model(finished, make_run, tmp_path, field, size):
-  """Trained or frozen parameters of another shape; the saved configuration, which the message points to, is untouched."""
+  """Trained or frozen parameters of another shape. The saved configuration, which the message names, is untouched."""
   output = shutil.copytree(finished, tmp_path / "run")
   config = make_run("align", output, steps=40, **{field: size})
   refused(config, r"does not fit this configuration; use the run's own config.json")
@@ -174,7 +174,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_run, start, tmp_path, recor
   config = make_run("align", tmp_path / "run", steps=8, checkpoint_every=1, optimizer__peak_lr=1e30,
                     optimizer__warmup_fraction=0.0)
   line = one_line(start(config))
-  assert line.startswith("error: loss or gradient is not finite at step 2 (loss ") and "the update was not applied" in line
+  assert line.startswith("error: loss or gradient is not finite at step 2 (loss ")
+  assert "the update was not applied" in line
   named = line.split("Examples on this host: ")[1].split(". Lower")[0].split(", ")
   assert len(named) == 8 and set(named) <= {record.id for record in records}
   assert steps_of(config.output) == [1] and [entry["step"] for entry in losses(config.output)] == [1]

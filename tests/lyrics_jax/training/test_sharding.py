@@ -1,4 +1,4 @@
-"""Meshes: the same parameters, loss and gradients on any of them; parameters that really are split; what does not fit."""
+"""Meshes: the same parameters, loss and gradients on any mesh, parameters that are really split, what does not fit."""
 
 import jax
 import numpy as np
@@ -47,7 +47,7 @@ def test_parameters_begin_the_same_on_any_mesh(stage):
 
 
 def test_a_kernel_that_lies_turned_around_is_split_along_the_same_axes():
-  """Inputs over fsdp and heads over tensor, in memory and as checkpoints have it; with fewer heads than queries have."""
+  """Inputs over fsdp and heads over tensor, in memory and in checkpoints; one head of keys makes the matrix oblong."""
   plan = tiny.make_plan(tiny.make_config("instruct", stage__model__llm__kv_heads=1))
   path = "llm/stack/blocks/k/kernel"
   assert path in plan.transposed and plan.shapes[path].shape == (2, 16, 8) and plan.memory[path].shape == (2, 8, 16)

@@ -77,7 +77,7 @@ def test_an_update_that_is_not_finite_is_refused():
 
 @pytest.mark.parametrize("train, share", [("lora", 0), ("frozen", 0), ("full", 1)])
 def test_frozen_kernels_have_no_gradient(train, share):
-  """Bytes that the gradient computes in the shapes of the language model's MLP, which no other part of the model has."""
+  """Counts the bytes that the gradient computes in the shapes of the language model's MLP, which are only there."""
   plan = tiny.make_plan(tiny.make_config("instruct", **tiny.TRAIN[train], stage__model__llm__mlp_dim=44))
   trained, frozen = plan.split(plan.memory)
 

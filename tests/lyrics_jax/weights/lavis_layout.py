@@ -74,8 +74,8 @@ def image_encoder(clip: transformers.CLIPVisionModel) -> dict[str, torch.Tensor]
 _VIT_G = {"embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed",
           "embeddings.patch_embedding.weight": "patch_embed.proj.weight",
           "embeddings.patch_embedding.bias": "patch_embed.proj.bias"}
-_VIT_G_BLOCK = {"layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.projection": "attn.proj", "mlp.fc1": "mlp.fc1",
-                "mlp.fc2": "mlp.fc2"}
+_VIT_G_BLOCK = {"layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.projection": "attn.proj",
+                "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 
 
 def vit_g(vision: torch.nn.Module) -> dict[str, torch.Tensor]:

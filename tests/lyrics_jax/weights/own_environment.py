@@ -1,6 +1,6 @@
 """A Python environment of its own, in which what a user of an exported directory installs is all that there is.
 
-That is `pip install torch transformers`, and what these require; Pillow, which some of their parts use, is not among it.
+That is `pip install torch transformers`, and what the two require. Pillow, which some parts use, is not among it.
 Nothing is downloaded: the environment is made of links to what the running Python has installed.
 """
 

@@ -15,18 +15,21 @@ from lyrics_jax.weights import llama_names
 from lyrics_jax.weights.table import Entry
 
 
-def save_clip(config: Config, directory, text: bool = False, extra_layers: int = 0, **saving) -> transformers.CLIPVisionModel:
+def save_clip(config: Config, directory, text: bool = False, extra_layers: int = 0,
+              **saving) -> transformers.CLIPVisionModel:
   """An image encoder, alone or as part of a whole CLIP; returns the encoder."""
   vision = config.stage.model.vision
   if not text and not extra_layers:
     model = random_clip(config)
     model.save_pretrained(directory, **saving)
     return model
-  sizes = dict(hidden_size=vision.width, intermediate_size=vision.mlp_dim, num_hidden_layers=vision.layers + extra_layers,
-               num_attention_heads=vision.heads, image_size=vision.image_size, patch_size=vision.patch_size)
-  words = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16, bos_token_id=0,
-               eos_token_id=1, pad_token_id=2)
-  model = transformers.CLIPModel(transformers.CLIPConfig(text_config=words, vision_config=sizes, projection_dim=4)).eval()
+  sizes = dict(hidden_size=vision.width, intermediate_size=vision.mlp_dim,
+               num_hidden_layers=vision.layers + extra_layers, num_attention_heads=vision.heads,
+               image_size=vision.image_size, patch_size=vision.patch_size)
+  words = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16,
+               bos_token_id=0, eos_token_id=1, pad_token_id=2)
+  config = transformers.CLIPConfig(text_config=words, vision_config=sizes, projection_dim=4)
+  model = transformers.CLIPModel(config).eval()
   with_noise(model.vision_model)
   model.save_pretrained(directory, **saving)
   return model.vision_model

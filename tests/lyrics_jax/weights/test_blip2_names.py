@@ -55,7 +55,8 @@ def test_every_name_and_every_parameter_is_accounted_for(load, tensors, config):
   assert UNKNOWN not in found.left_over
   assert left_over == {
       "Qformer.bert.embeddings.position_ids", "Qformer.cls.predictions.decoder.weight",
-      "Qformer.cls.predictions.decoder.bias", "vision_proj.weight", "vision_proj.bias", "text_proj.weight", "text_proj.bias"}
+      "Qformer.cls.predictions.decoder.bias", "vision_proj.weight", "vision_proj.bias", "text_proj.weight",
+      "text_proj.bias"}
   initialised = {component(path) for path in shapes if path not in found.entries}
   assert initialised == {"itc_image", "itc_text", "local_tokens", "former/grounding_attention"}
   loaded = sum(value.size for value in values_of(found).values())
@@ -160,7 +161,8 @@ def test_a_wrong_shape(load, tensors):
 def test_a_wrong_shape_in_several_ways(load, tensors):
   key = "Qformer.bert.encoder.layer.0.crossattention.self.key.weight"
   refused(load, tensors | {key: torch.zeros(17, 1408)}, "make config.stage.model.connector.former agree with the file")
-  refused(load, tensors | {"query_tokens": torch.zeros(2)}, "make config.stage.model.connector.former agree with the file")
+  refused(load, tensors | {"query_tokens": torch.zeros(2)},
+          "make config.stage.model.connector.former agree with the file")
 
 
 def test_a_wider_image_encoder(load, config, make_config):

@@ -52,23 +52,34 @@ def test_what_differs_and_what_is_not_there(runs, tmp_path, capsys):
   assert capsys.readouterr().out.splitlines()[-1].split() == ["llm", "logits", "not", "in", "the", "directory"]
 
 
-def cut(directory, tensors):
-  (directory / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:-20])
-
-
-def save(directory, tensors):
-  save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-
-
 BIAS = "projection.bias"
 FAULTS = {
-    "a truncated file": (cut, "is not a whole .safetensors file"),
-    "no weights": (lambda d, t: (d / "model.safetensors").unlink(), "has no weights in it"),
-    "a missing tensor": (lambda d, t: save(d, {name: t[name] for name in t if name != BIAS}), f"tensor {BIAS} is missing"),
-    "an unexpected tensor": (lambda d, t: save(d, t | {"extra": np.zeros(2)}), "unexpected tensor extra (1 in all)"),
-    "a wrong shape": (lambda d, t: save(d, t | {BIAS: np.zeros(3, np.float32)}), f"tensor {BIAS} has shape (3,)"),
-    "a damaged config.json": (lambda d, t: (d / "config.json").write_text("{"), "is not JSON"),
+    "a truncated file": "is not a whole .safetensors file",
+    "no weights": "has no weights in it",
+    "a missing tensor": f"tensor {BIAS} is missing",
+    "an unexpected tensor": "unexpected tensor extra (1 in all)",
+    "a wrong shape": f"tensor {BIAS} has shape (3,)",
+    "a damaged config.json": "is not JSON",
 }
+
+
+def spoil(directory, fault: str) -> None:
+  weights = directory / "model.safetensors"
+  tensors = load_file(weights)
+  if fault == "a truncated file":
+    weights.write_bytes(weights.read_bytes()[:-20])
+  elif fault == "no weights":
+    weights.unlink()
+  elif fault == "a damaged config.json":
+    (directory / "config.json").write_text("{")
+  else:
+    if fault == "a missing tensor":
+      del tensors[BIAS]
+    elif fault == "an unexpected tensor":
+      tensors["extra"] = np.zeros(2)
+    else:
+      tensors[BIAS] = np.zeros(3, np.float32)
+    save_file(tensors, weights, {"format": "pt"})
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -76,8 +87,8 @@ def test_a_directory_that_is_not_whole(runs, fault, tmp_path):
   """transformers itself would draw at random what is missing."""
   run, directory = runs["instruct"]
   shutil.copytree(directory, tmp_path / "hf")
-  spoil, words = FAULTS[fault]
-  spoil(tmp_path / "hf", load_file(f"{directory}/model.safetensors"))
+  words = FAULTS[fault]
+  spoil(tmp_path / "hf", fault)
   with pytest.raises(UserError) as error:
     compare(run, str(tmp_path / "hf"))
   assert words in str(error.value) and "\n" not in str(error.value), str(error.value)
@@ -86,7 +97,8 @@ def test_a_directory_that_is_not_whole(runs, fault, tmp_path):
 def test_mistakes(runs, tmp_path):
   with pytest.raises(UserError, match="/nowhere is not a Hugging Face directory"):
     compare(runs["align"][0], "/nowhere")
-  with pytest.raises(UserError, match="holds a LyricsForConditionalGeneration, but .*align is written as a LyricsForAlignment"):
+  message = "holds a LyricsForConditionalGeneration, but .*align is written as a LyricsForAlignment"
+  with pytest.raises(UserError, match=message):
     compare(runs["align"][0], runs["instruct"][1])
   (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
   with pytest.raises(UserError, match="holds a LlamaForCausalLM, expected one of LyricsForAlignment, "):

@@ -1,4 +1,4 @@
-"""CLIP and BLIP-2's ViT-g from Hugging Face directories: every tensor has its place, and the model gives what theirs gives."""
+"""CLIP and BLIP-2's ViT-g from Hugging Face directories: every tensor has its place, and both models give the same."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,8 @@ def test_the_last_layer_may_be_left_out(config, shapes, tmp_path):
   source = clip_names.find(epath.Path(tmp_path), config.stage.model, shapes)
   assert len(source.left_over[clip_names.LAST_LAYER]) == 16
   save_clip(config, tmp_path, extra_layers=2)
-  with pytest.raises(UserError, match="has 4 layers, config.stage.model.vision.layers=2; set config.stage.model.vision.layers=4"):
+  where = "config.stage.model.vision.layers"
+  with pytest.raises(UserError, match=f"has 4 layers, {where}=2; set {where}=4"):
     clip_names.find(epath.Path(tmp_path), config.stage.model, shapes)
 
 
@@ -84,8 +85,9 @@ def test_vit_g_from_blip_2(layout, tmp_path):
       vision_config=dict(hidden_size=vision.width, intermediate_size=vision.mlp_dim, num_hidden_layers=vision.layers,
                          num_attention_heads=vision.heads, image_size=vision.image_size, patch_size=vision.patch_size),
       qformer_config=dict(vocab_size=former.vocab_size, hidden_size=former.width, num_hidden_layers=former.layers,
-                          num_attention_heads=former.heads, intermediate_size=former.mlp_dim, encoder_hidden_size=vision.width,
-                          max_position_embeddings=former.max_positions, cross_attention_frequency=1, use_qformer_text_input=True),
+                          num_attention_heads=former.heads, intermediate_size=former.mlp_dim,
+                          encoder_hidden_size=vision.width, max_position_embeddings=former.max_positions,
+                          cross_attention_frequency=1, use_qformer_text_input=True),
       num_query_tokens=former.visual_queries, image_text_hidden_size=4)).eval())
   if layout == "lavis":
     with torch.no_grad():
@@ -102,14 +104,16 @@ def test_vit_g_from_blip_2(layout, tmp_path):
   source = blip2.find(epath.Path(path), config.stage.model, tiny.make_plan(config).shapes)
   assert set(source.left_over) == left_over
   values = values_of(source)
-  graph, state = built(lambda: LayerNorm(vision.width, vision.norm_eps, rngs=nnx.Rngs(0)), values, "connector/image_norm")
+  graph, state = built(lambda: LayerNorm(vision.width, vision.norm_eps, rngs=nnx.Rngs(0)), values,
+                       "connector/image_norm")
   with torch.no_grad():
     expected = model.vision_model(pictures_of(vision)[1]).last_hidden_state.numpy()
   assert np.abs(nnx.merge(graph, state)(ours(vision, values)) - expected).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"vision__heads": 4}, "num_attention_heads is 2, config.stage.model.vision.heads=4; set config.stage.model.vision.heads=2"),
+    ({"vision__heads": 4},
+     "num_attention_heads is 2, config.stage.model.vision.heads=4; set config.stage.model.vision.heads=2"),
     (small.VIT_G, "set config.stage.model.vision.input_norm=True"),
     ({"vision__mlp_dim": 64}, "set config.stage.model.vision.mlp_dim=32"),
 ])

@@ -1,4 +1,4 @@
-"""`python -m lyrics_jax.convert` as a user runs it: what it says, its exit codes, and what a mistake leaves: nothing."""
+"""`python -m lyrics_jax.convert` as a user runs it: messages and exit codes. A mistake leaves nothing behind."""
 
 import os
 import pathlib

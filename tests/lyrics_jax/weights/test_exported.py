@@ -15,7 +15,8 @@ from refiner_export.common.settings import UserError
 @pytest.fixture(scope="module")
 def run(tokenizer_directory, tmp_path_factory):
   """A run whose frozen parameters are in bfloat16, and its parameters."""
-  config = make_run_config("instruct", tmp_path_factory.mktemp("run") / "run", tokenizer_directory, compute__frozen_dtype="bfloat16")
+  config = make_run_config("instruct", tmp_path_factory.mktemp("run") / "run", tokenizer_directory,
+                           compute__frozen_dtype="bfloat16")
   return config, save_run(config)
 
 
@@ -49,8 +50,11 @@ def test_stage_2_with_its_adapter_beside_the_language_model(run, tokenizer_direc
   assert_identical(stored(tmp_path / "weights"), base)
   save_llama(tmp_path / "merged", tmp_path / "llama")
   convert(config, {"lyrics": str(tmp_path / "adapter"), "llama": str(tmp_path / "llama")}, str(tmp_path / "both"))
-  of_base = lambda path: path.startswith("llm/") and not is_lora(path)
-  assert_identical(stored(tmp_path / "both"), {path: base[path] if of_base(path) else parameters[path] for path in parameters})
+  expected = dict(parameters)
+  for path in parameters:
+    if path.startswith("llm/") and not is_lora(path):
+      expected[path] = base[path]
+  assert_identical(stored(tmp_path / "both"), expected)
 
 
 def save_llama(exported, directory):

@@ -1,4 +1,4 @@
-"""`from-hf`: what it writes is what a run begins with, bit by bit; what it cannot use is one line, and nothing is written."""
+"""`from-hf` writes what a run begins with, bit by bit. What it cannot use is one line, and nothing is written."""
 
 import json
 import logging
@@ -64,7 +64,9 @@ def expected(config, published) -> dict[str, np.ndarray]:
   values = {path: np.asarray(value) for path, value in plan.turned(trained | frozen).items()}
   for find, kind in ((blip2.find, "blip2"), (llama_names.find, "llama"), (clip_names.find, "clip")):
     for path, value in values_of(find(pathlib.Path(published[kind]), config.stage.model, plan.shapes)).items():
-      values[path] = np.concatenate([value.astype(values[path].dtype), values[path][len(value):]]) if value.ndim else value
+      if value.ndim:
+        value = np.concatenate([value.astype(values[path].dtype), values[path][len(value):]])
+      values[path] = value
   return values
 
 
@@ -83,7 +85,8 @@ def assert_same(got, wanted):
     if "/" in path and not path.endswith(("lora_a", "queries", "embedding")):
       np.testing.assert_array_equal(got[path], value, err_msg=path)
     else:  # drawn by another program, whose normal values may round differently
-      np.testing.assert_allclose(got[path].astype(np.float32), value.astype(np.float32), rtol=1e-5, atol=1e-6, err_msg=path)
+      np.testing.assert_allclose(got[path].astype(np.float32), value.astype(np.float32), rtol=1e-5, atol=1e-6,
+                                 err_msg=path)
 
 
 def test_everything_is_loaded_or_initialised(make_config, published, converted):
@@ -132,7 +135,8 @@ def test_what_became_of_every_part_is_said_and_int8_is_made_later(make_config, p
   convert(make_config(compute__frozen_dtype="int8"), published, str(tmp_path / "weights"))
   clip, former = published["clip"], published["blip2"]
   assert f"left over, {clip}, CLIP's text encoder: " in caplog.text
-  assert f"left over, {former}, contrastive heads, which here read two pooled vectors: vision_proj (2), text_proj (2)" in caplog.text
+  heads = "contrastive heads, which here read two pooled vectors: vision_proj (2), text_proj (2)"
+  assert f"left over, {former}, {heads}" in caplog.text
   assert f"left over, {former}, heads of stage 1: " in caplog.text
   assert re.search(r"vision +5,344 +0\n", caplog.text) and re.search(r"former/queries    +32 +32\n", caplog.text)
   values = stored(tmp_path / "weights")
@@ -150,23 +154,32 @@ def test_the_first_source_that_has_a_part_gives_it(make_config, published, tmp_p
 
 # --- what is refused ---
 
-def truncate(path):
-  path.write_bytes(path.read_bytes()[:-20])
+QUERY, HEAD = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
 
 
-def change_shard(directory, change):
-  """Changes the tensors of the shard that has the first layer's query, in place."""
-  query = "model.layers.0.self_attn.q_proj.weight"
-  shard = directory / json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"][query]
-  tensors = load_file(shard)
-  change(tensors, query)
-  save_file(tensors, shard)
-
-
-def reindex(directory, change):
+def change_shard(directory, **tensors) -> None:
+  """Puts these tensors into the shard that has the first layer's query; None takes one out. The index follows."""
   index = directory / "model.safetensors.index.json"
   values = json.loads(index.read_text())
-  change(values["weight_map"])
+  file = values["weight_map"][QUERY]
+  changed = load_file(directory / file)
+  for name, tensor in tensors.items():
+    if tensor is None:
+      del changed[name], values["weight_map"][name]
+    else:
+      changed[name], values["weight_map"][name] = tensor, file
+  save_file(changed, directory / file)
+  index.write_text(json.dumps(values))
+
+
+def reindex(directory, **places) -> None:
+  """Says of these tensors where they are; None takes one out of the index."""
+  index = directory / "model.safetensors.index.json"
+  values = json.loads(index.read_text())
+  for name, place in places.items():
+    values["weight_map"].pop(name)
+    if place is not None:
+      values["weight_map"][name] = place
   index.write_text(json.dumps(values))
 
 
@@ -186,27 +199,42 @@ def pickle_code(directory):
   torch.save({QUERY: Dangerous(str(directory.parent / "trap"))}, directory / "pytorch_model.bin")
 
 
-QUERY, HEAD = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
+def truncate(directory):
+  shard = sorted(directory.glob("*.safetensors"))[0]
+  shard.write_bytes(shard.read_bytes()[:-20])
+
+
+def lose(directory):
+  sorted(directory.glob("*.safetensors"))[0].unlink()
+
+
+def write(file: str, text: str):
+  """What writes this text into this file of a directory."""
+  return lambda directory: (directory / file).write_text(text)
+
+
+def changed(how, **arguments):
+  """What changes a directory so."""
+  return lambda directory: how(directory, **arguments)
+
+
 FAULTS = {
-    "a truncated shard": (lambda d: truncate(sorted(d.glob("*.safetensors"))[0]), "is not a whole .safetensors file"),
-    "a missing shard": (lambda d: sorted(d.glob("*.safetensors"))[0].unlink(), "cannot be read: No such file"),
-    "a missing tensor": (lambda d: [change_shard(d, lambda t, q: t.pop(q)), reindex(d, lambda m: m.pop(QUERY))],
-                         f"tensor {QUERY} is missing"),
-    "a tensor that the index does not list": (lambda d: reindex(d, lambda m: m.pop(HEAD)), "does not list"),
-    "an unexpected tensor": (
-        lambda d: [change_shard(d, lambda t, q: t.update({"model.adapter": torch.zeros(2)})),
-                   reindex(d, lambda m: m.update({"model.adapter": m[QUERY]}))], "unexpected tensor model.adapter"),
-    "a wrong shape": (lambda d: change_shard(d, lambda t, q: t.update({q: torch.zeros(16, 17)})), "has shape (16, 17)"),
-    "an index that leads outside": (lambda d: reindex(d, lambda m: m.update({QUERY: "../clip/model.safetensors"})),
+    "a truncated shard": (truncate, "is not a whole .safetensors file"),
+    "a missing shard": (lose, "cannot be read: No such file"),
+    "a missing tensor": (changed(change_shard, **{QUERY: None}), f"tensor {QUERY} is missing"),
+    "a tensor that the index does not list": (changed(reindex, **{HEAD: None}), "does not list"),
+    "an unexpected tensor": (changed(change_shard, **{"model.adapter": torch.zeros(2)}),
+                             "unexpected tensor model.adapter"),
+    "a wrong shape": (changed(change_shard, **{QUERY: torch.zeros(16, 17)}), "has shape (16, 17)"),
+    "an index that leads outside": (changed(reindex, **{QUERY: "../clip/model.safetensors"}),
                                     "nothing outside the directory is read"),
-    "an index with a whole path": (lambda d: reindex(d, lambda m: m.update({QUERY: "/etc/passwd"})),
+    "an index with a whole path": (changed(reindex, **{QUERY: "/etc/passwd"}),
                                    "nothing outside the directory is read"),
-    "an index that is none": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "is not an index of shards"),
+    "an index that is none": (write("model.safetensors.index.json", "{}"), "is not an index of shards"),
     "a pickled file with code in it": (pickle_code, "could only be opened by running code in it"),
-    "a damaged config.json": (lambda d: (d / "config.json").write_text("{"), "is not JSON"),
-    "another model": (lambda d: (d / "config.json").write_text('{"num_attention_heads": 4}'),
-                      "set config.stage.model.llm.heads=4"),
-    "scaled positions": (lambda d: (d / "config.json").write_text('{"rope_scaling": {"type": "linear", "factor": 2}}'),
+    "a damaged config.json": (write("config.json", "{"), "is not JSON"),
+    "another model": (write("config.json", '{"num_attention_heads": 4}'), "set config.stage.model.llm.heads=4"),
+    "scaled positions": (write("config.json", '{"rope_scaling": {"type": "linear", "factor": 2}}'),
                          "its rotary positions are scaled (linear)"),
 }
 
@@ -227,7 +255,8 @@ def test_an_error_while_writing_leaves_nothing(make_config, published, tmp_path,
   """In the middle of the language model, when the trained parameters are written."""
   real = weight_files.Tensor.read
   def failing(tensor, index=None):
-    if "layers.1.mlp" in tensor.name and any((tmp_path / ".weights.partial").glob("checkpoints/0/parameters/_METADATA")):
+    written = (tmp_path / ".weights.partial").glob("checkpoints/0/parameters/_METADATA")
+    if "layers.1.mlp" in tensor.name and any(written):
       raise OSError("No space left on device")
     return real(tensor, index)
   monkeypatch.setattr(weight_files.Tensor, "read", failing)
@@ -275,7 +304,8 @@ def test_from_the_command_line(make_config, published, tmp_path):
   done = run("from-hf", f"--config={tmp_path}/config.py", f"--clip={published['clip']}", f"--output={tmp_path}/weights")
   assert done.returncode == 0, done.stderr
   assert "written: " in done.stderr and (tmp_path / "weights" / "config.json").exists()
-  refused = run("from-hf", f"--config={tmp_path}/config.py", f"--llama={published['llama']}", f"--output={tmp_path}/more")
+  refused = run("from-hf", f"--config={tmp_path}/config.py", f"--llama={published['llama']}",
+                f"--output={tmp_path}/more")
   assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
   assert refused.stderr.startswith("error: ") and "this model has no language model" in refused.stderr
   assert run("from-pytorch").returncode == 2

@@ -40,7 +40,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def theirs(config) -> transformers.LlavaForConditionalGeneration:
-  """With one block more than is read, as LLaVA-1.5 has it: the output of the last block but one goes to the connector."""
+  """With one block more than is read, as in LLaVA-1.5: the output of the last block but one goes to the connector."""
   vision, llm = config.stage.model.vision, config.stage.model.llm
   model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
       vision_config=dict(model_type="clip_vision_model", hidden_size=vision.width, intermediate_size=vision.mlp_dim,
@@ -134,7 +134,7 @@ def test_another_configuration(change, words, theirs, tmp_path):
 
 def test_a_model_with_another_connector(theirs, tmp_path):
   plan = tiny.make_plan(small.make_config("instruct"))
-  with pytest.raises(UserError, match="its connector is an MLP; set config.stage.model to a VLMSettings with connector=MLP"):
+  with pytest.raises(UserError, match="its connector is an MLP; set config.stage.model to a VLMSettings with"):
     sources.find(save(theirs, tmp_path / "llava", "saved"), plan)
 
 
@@ -144,8 +144,8 @@ def test_a_model_with_another_connector(theirs, tmp_path):
 def exported(tokenizer_directory, tmp_path_factory):
   """A run of LLaVA's form with LoRA, its parameters, and the directory made of it."""
   folder = tmp_path_factory.mktemp("llava")
-  config = make_run_config("llava", folder / "run", tokenizer_directory, llm__lora=tiny.llm().lora, stage__train=tiny.LORA,
-                           data__fit="crop",
+  config = make_run_config("llava", folder / "run", tokenizer_directory, llm__lora=tiny.llm().lora,
+                           stage__train=tiny.LORA, data__fit="crop",
                            data__rows__template=VicunaV1(system_message="A chat."))
   parameters = save_run(config)
   export(config.output, str(folder / "hf"))

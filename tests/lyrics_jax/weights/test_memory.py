@@ -51,8 +51,9 @@ convert(config, json.loads(sys.argv[2]), sys.argv[3])
 
 def peak(program: str, *arguments) -> int:
   """Of the resident memory of a process of its own, bytes."""
-  done = subprocess.run([sys.executable, "-c", program + PEAK, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True,
-                        cwd=pathlib.Path(__file__).parents[3], env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""})
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+  done = subprocess.run([sys.executable, "-c", program + PEAK, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
+                        check=True, cwd=pathlib.Path(__file__).parents[3], env=environment)
   return int(done.stdout.splitlines()[-1])
 
 
@@ -62,7 +63,7 @@ def test_a_stack_is_never_whole(tmp_path):
 
 
 def write_empty_llama(llm: LlamaSettings, directory: pathlib.Path) -> int:
-  """Zeros in LLaMA's layout, in a file that takes no room on the disk; returns the size of the largest tensor, bytes."""
+  """Zeros in LLaMA's layout, in a file that takes no room on the disk. Returns the bytes of the largest tensor."""
   names = {"input_layernorm": (llm.width,), "post_attention_layernorm": (llm.width,),
            **{f"self_attn.{name}_proj": (llm.width, llm.width) for name in "qkvo"},
            "mlp.gate_proj": (llm.mlp_dim, llm.width), "mlp.up_proj": (llm.mlp_dim, llm.width),

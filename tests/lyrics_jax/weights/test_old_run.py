@@ -86,5 +86,5 @@ def test_scales_of_int8_and_todays_names():
 
 def test_another_size_is_one_line(old_run):
   plan = tiny.make_plan(small.make_config("instruct", vision__mlp_dim=64))
-  with pytest.raises(UserError, match=r"has shape \(2, 32, 16\) there, \(2, 64, 16\) here; make config.stage.model agree"):
+  with pytest.raises(UserError, match=r"has shape \(2, 32, 16\) there, \(2, 64, 16\) here; make config.stage.model a"):
     find(str(old_run), plan)

@@ -68,7 +68,8 @@ def same_conversation(got, expected, row=0):
 
 @pytest.mark.parametrize("changes", [
     {}, {"data__coordinates": "integer", "data__rows__spatial_to_llm": True},
-    {"data__rows__spatial_to_llm": True, "data__spatial_length": 60, "data__caption_length": 5, "data__llm_length": 250},
+    {"data__rows__spatial_to_llm": True, "data__spatial_length": 60, "data__caption_length": 5,
+     "data__llm_length": 250},
     {"connector__spatial": False, "connector__instruction": False}, {"data__use_refiner": False},
 ], ids=lambda changes: ", ".join(name.split("__")[-1] for name in changes) or "default")
 def test_conversations_as_in_training(make_pair, records, changes):
@@ -212,7 +213,8 @@ def test_a_picture_of_the_models_own_size_needs_no_pillow(make_pair, monkeypatch
   assert torch.equal(processor(images=pixels, text="What?")["pixel_values"], expected)
   assert processor(text="What?")["pixel_values"].shape == expected.shape  # and no picture at all
   for other in (pixels[1:], pixels.astype(np.float32), b"a file"):
-    with pytest.raises(ImportError, match=rf"pip install pillow. Without it, give uint8 arrays of shape \({size}, {size}, 3\)"):
+    message = rf"pip install pillow. Without it, give uint8 arrays of shape \({size}, {size}, 3\)"
+    with pytest.raises(ImportError, match=message):
       processor(images=other, text="What?")
 
 

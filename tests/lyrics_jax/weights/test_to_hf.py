@@ -108,11 +108,15 @@ def test_int8_is_written_out(tokenizer_directory, tmp_path):
   tensors = read_tensors(tmp_path / "merged")
   assert not any("scale" in name for name in tensors)
   lora = config.stage.model.llm.lora
-  dequantised = lambda path, layer: dequantise(ours[path][layer], ours[path + SCALE][layer])
-  added = lambda path, layer: lora.alpha / lora.rank * ours[f"{path}/lora_a"][layer] @ ours[f"{path}/lora_b"][layer]
-  up, q = "vision/stack/blocks/up", "llm/stack/blocks/q"
-  for name, expected in (("vision_model.encoder.layers.1.mlp.fc1", dequantised(f"{up}/kernel", 1).T),
-                         ("language_model.model.layers.1.self_attn.q_proj", (dequantised(f"{q}/kernel", 1) + added(q, 1)).T)):
+
+  def kernel(module):
+    """Of layer 1."""
+    return dequantise(ours[f"{module}/kernel"][1], ours[f"{module}/kernel{SCALE}"][1])
+
+  q = "llm/stack/blocks/q"
+  added = lora.alpha / lora.rank * ours[f"{q}/lora_a"][1] @ ours[f"{q}/lora_b"][1]
+  for name, expected in (("vision_model.encoder.layers.1.mlp.fc1", kernel("vision/stack/blocks/up").T),
+                         ("language_model.model.layers.1.self_attn.q_proj", (kernel(q) + added).T)):
     got = tensors[f"{name}.weight"].read()
     assert got.dtype == "bfloat16"
     np.testing.assert_allclose(got.astype(np.float32), expected, rtol=2**-8)  # bfloat16 keeps 8 bits
@@ -226,8 +230,8 @@ def test_the_same_answers_where_there_is_no_jax(exported, records, answers, pyth
   assert len(set(answers)) > 1 and all(answers)
   size = exported.config.stage.model.vision.image_size
   got = run_alone(python_alone, exported.merged, exported.align, records[0].picture, size, tmp_path)
-  assert got.pop("refusal") == ("images: Pillow is needed to decode and resize pictures: pip install pillow. Without it, "
-                                f"give uint8 arrays of shape ({size}, {size}, 3)")
+  assert got.pop("refusal") == ("images: Pillow is needed to decode and resize pictures: pip install pillow. Without "
+                                f"it, give uint8 arrays of shape ({size}, {size}, 3)")
   assert got == {"batch": answers, "alone": answers, "similarities": [len(PROMPTS)] * 2, "classes": [
       "LyricsProcessor", *["LyricsForConditionalGeneration"] * 3, "LyricsForAlignment"]}
 
@@ -278,7 +282,8 @@ def test_devices_are_chosen(exported, records):
   """`device_map` places whole layers, so that the parts of a picture's way may lie on different devices."""
   pytest.importorskip("accelerate")
   model = LyricsForConditionalGeneration.from_pretrained(exported.merged, device_map="auto")
-  batch = LyricsProcessor.from_pretrained(exported.merged)(text=PROMPTS[:2], refined=records[1].picture).to(model.device)
+  processor = LyricsProcessor.from_pretrained(exported.merged)
+  batch = processor(text=PROMPTS[:2], refined=records[1].picture).to(model.device)
   plain = LyricsForConditionalGeneration.from_pretrained(exported.merged)
   generated = model.generate(**batch, max_new_tokens=5).cpu()
   assert torch.equal(generated, plain.generate(**batch.to("cpu"), max_new_tokens=5))
