@@ -21,13 +21,13 @@ def from_hf(config: Config, output: str, **paths: str | None) -> None:
 
 def to_hf(checkpoint: str, output: str, lora: str) -> None:
   """Writes the newest checkpoint of a run as a Hugging Face directory."""
-  from lyrics_jax.weights.to_hf import export  # needs PyTorch, which a machine that trains may lack
+  from lyrics_jax.weights.to_hf import export
   export(checkpoint, output, lora)
 
 
 def check(checkpoint: str, hf: str) -> None:
   """Prints by how much the outputs of a run and of the directory made of it differ."""
-  from lyrics_jax.weights.check import compare
+  from lyrics_jax.weights.check import compare  # needs PyTorch, which a machine that trains may lack
   compare(checkpoint, hf)
 
 
