@@ -88,6 +88,13 @@ def test_a_rate_of_its_own_scales_the_update():
     np.testing.assert_array_equal(scaled[path], factor * common[path], err_msg=path)
 
 
+def test_a_run_may_go_on_with_other_rates():
+  """A checkpoint fits: rates have no state."""
+  plain = make_optimizer(OptimizerSettings(), 10, AXES)
+  with_rates = make_optimizer(OptimizerSettings(rates=(Rate("kernel", 1e-3),)), 10, AXES)
+  assert jax.tree.structure(plain.init(values())) == jax.tree.structure(with_rates.init(values()))
+
+
 @pytest.mark.parametrize("pattern", ["connector/projecton/*", "vision/*", "Connector/*"])
 def test_a_rate_for_no_trained_parameter(pattern):
   """Nothing has this name; it is frozen; small and capital letters differ."""

@@ -58,16 +58,6 @@ def test_a_checkpoint_has_every_kernel_with_its_inputs_first(full):
     np.testing.assert_array_equal(in_memory[path], parameters[path].swapaxes(-1, -2))
 
 
-def test_rates_may_be_added_to_a_run(full, tmp_path):
-  """They have no state of their own."""
-  output = shutil.copytree(full.output, tmp_path / "run")
-  config = full.unlocked()
-  config.output, config.steps, config.optimizer.rates = str(output), 7, ()
-  config.finalize()
-  train(config)
-  assert steps_of(output) == [6, 7]
-
-
 def frozen_as_drawn(config, frozen) -> bool:
   """Whether the frozen parameters of a run are those it began with, which another process drew."""
   _, drawn = tiny.make_plan(config).initialise(tiny.one_device_mesh(config), config.seed)
