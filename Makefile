@@ -2,6 +2,7 @@
 # make test         the default tests
 # make test-all     the slow ones too
 # make lint         ruff, which make test runs too
+# make fuzz         ten thousand damaged pictures, thousands of damaged annotation files and directories
 # make test-original   the refiner's networks as their authors' packages run them, in an environment of their own
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ RUN := runs/quickstart
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: quickstart test test-all test-original lint clean-quickstart
+.PHONY: quickstart test test-all test-original lint fuzz clean-quickstart
 .DELETE_ON_ERROR:
 
 $(PY):
@@ -50,6 +51,9 @@ test-all: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
+
+fuzz: $(VENV)/.dev
+	$(PY) tests/fuzz/fuzz.py
 
 .venv-original/.installed: constraints-original.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed: make PYTHON=python3.11 test-original")'

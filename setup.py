@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 BASE = [  # what a machine that exports and a machine that trains both need
     "absl-py",
     "etils[epath]",
+    "fsspec",
     "google-crc32c",
     "jinja2",
     "matplotlib",
@@ -37,6 +38,7 @@ PHOTOS = ["scikit-image", "scikit-learn"]  # the classical refiner's descriptor,
 COCO = ["pycocotools"]
 TORCH = ["torch>=2.6,<2.14"]  # 2.6 made weights_only the default of torch.load; 2.13 is the newest tested
 HF = ["accelerate", "peft", *TORCH]
+GCS = ["gcp-storage-emulator", "gcsfs"]  # the slow tests of exports into an object store
 EXTRAS = {
     "quickstart": [*TRAIN, *PHOTOS],
     "train": TRAIN,
@@ -48,7 +50,7 @@ EXTRAS = {
     "beam": ["apache-beam[gcp]>=2.77"],
     "hf": [*TRAIN, *HF],  # to try what was exported, and to import PyTorch checkpoints
     "eval": [*TRAIN, "pycocoevalcap>=1.2"],
-    "dev": ["pytest", "pytest-xdist", "ruff", *TRAIN, *PHOTOS, *COCO, *HF],
+    "dev": ["pytest", "pytest-xdist", "ruff", *GCS, *TRAIN, *PHOTOS, *COCO, *HF],
 }
 
 setup(

@@ -280,6 +280,7 @@ COMMANDS = {  # what follows `python -m` -> a line of its help, and what is said
     "refiner_export export": ("--shard-range START:STOP",
                               "--config is required, for example: python -m refiner_export --config "),
     "refiner_export verify": ("--threads N", "DIR is required: a directory that python -m refiner_export wrote"),
+    "refiner_export repair": ("--threads N", "--config is required, for example: python -m refiner_export repair "),
     "refiner_export gallery": ("--limit N", "DIR is required: a directory that python -m refiner_export wrote"),
     "refiner_export beam": ("--beam-pipeline-options NAME=VALUE,...", "--config is required"),
     "lyrics_jax.train": ("--hosts", "--config is required, for example: python -m lyrics_jax.train --config "),
@@ -293,7 +294,7 @@ COMMANDS = {  # what follows `python -m` -> a line of its help, and what is said
     "lyrics_jax.attention": ("--output FILE.png", "--checkpoint is required: output directory of a run"),
     "lyrics_jax.data.train_tokenizers": ("--records DIR", "--records is required: directory of records"),
 }
-SEVERAL = {"refiner_export": ("export", "verify", "gallery", "beam"),
+SEVERAL = {"refiner_export": ("export", "verify", "repair", "gallery", "beam"),
            "lyrics_jax.convert": ("from-hf", "to-hf", "check")}
 
 

@@ -18,7 +18,7 @@ from refiner_export.common import config_file, logs
 from refiner_export.common.settings import Settings, UserError, require
 
 _WIDTH = 100  # columns of the help
-_MISTAKE = 2  # exit codes
+MISTAKE = 2  # exit codes
 _INTERRUPTED = 130
 _PARSING_ERRORS = (absl_flags.Error, ValueError, TypeError, KeyError, IndexError, AttributeError, OSError)
 
@@ -261,7 +261,7 @@ class Commands:
 def fail(error: UserError | str) -> NoReturn:
   """Prints the one line of a mistake, and exits with code 2."""
   print(f"error: {error}", file=sys.stderr, flush=True)
-  sys.exit(_MISTAKE)
+  sys.exit(MISTAKE)
 
 
 def _asks_for_help(arguments: Sequence[str]) -> bool:

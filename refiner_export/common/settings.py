@@ -13,11 +13,13 @@ import difflib
 import functools
 import importlib
 import json
+import os
 import pathlib
 import sys
 import types
 import typing
 
+import fsspec
 import typeguard
 from etils import epath
 
@@ -25,6 +27,7 @@ TYPE = "type"  # the entry of a JSON object that names its class, as "module:Cla
 PACKAGES = ("lyrics_jax", "refiner_export")  # `from_dict` imports modules of these packages by itself
 ROOT = pathlib.Path(__file__).parents[2]  # the folder that both packages lie in
 
+_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}  # what fsspec needs for a store
 _SHOWN = 100  # characters of a wrong value in an error
 
 
@@ -38,10 +41,34 @@ def require(condition: bool, message: str) -> None:
     raise UserError(message)
 
 
+def reachable(path: epath.PathLike) -> epath.Path:
+  """The path, `~` expanded; it may not exist. Raises `UserError` for a store whose package is not installed."""
+  scheme, is_remote, _ = os.fspath(path).partition("://")
+  try:
+    resolved = epath.Path(path).expanduser()
+    if is_remote:
+      fsspec.get_filesystem_class(scheme)
+  except ImportError as error:
+    remedy = f"pip install {_PACKAGES[scheme]}" if scheme in _PACKAGES else " ".join(str(error).split())
+    raise UserError(f"{os.fspath(path)}: the package that opens {scheme}:// is missing: {remedy}") from None
+  except (KeyError, ValueError):
+    raise UserError(f"{os.fspath(path)}: {scheme}:// is unknown: name a folder, gs:// or s3://") from None
+  return resolved
+
+
 def existing_path(path: str, what: str, remedy: str) -> epath.Path:
   """The path. Raises `UserError` with the remedy when nothing is there."""
-  resolved = epath.Path(path)
+  resolved = reachable(path)
   require(resolved.exists(), f"{what} not found: {path}. {remedy}")
+  return resolved
+
+
+def existing_file(path: str, what: str, remedy: str) -> epath.Path:
+  """The path of a file, `~` expanded. Raises `UserError` with the remedy when there is none, a folder or a pipe."""
+  resolved = existing_path(path, what, remedy)
+  require(not resolved.is_dir(), f"{what}: {path} is a folder. {remedy}")
+  is_regular = "://" in os.fspath(resolved) or os.path.isfile(resolved)
+  require(is_regular, f"{what}: {path} is no regular file. {remedy}")  # reading a pipe or a device may never end
   return resolved
 
 

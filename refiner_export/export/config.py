@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from refiner_export.common.settings import Settings, from_dict, require
+from refiner_export.common.settings import Settings, from_dict, reachable, require
 from refiner_export.records.features import FEATURE_DTYPES
 from refiner_export.records.formats import FORMATS
 from refiner_export.records.manifest import Manifest
@@ -52,6 +52,29 @@ class ImageSettings(Settings):
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class ReadingSettings(Settings):
+  """How pictures are read from storage that fails now and then.
+
+  Attributes:
+    timeout: seconds that one read may take.
+    tries: how often a picture is read before it is skipped. The pauses between the tries double, from half a second.
+    unread: the largest share of a shard's examples that may be skipped because pictures cannot be read. With more, the
+      export stops. Pictures that were read and are damaged do not count. Another run tries the skipped ones again.
+    megabytes: the memory that all threads of a worker together take to decode pictures.
+  """
+  timeout: float = 60.0
+  tries: int = 4
+  unread: float = 0.001
+  megabytes: int = 1024
+
+  def check(self, path: str) -> None:
+    require(self.timeout > 0, f"{path}.timeout: expected more than 0 seconds, got {self.timeout}")
+    require(0 <= self.unread <= 1, f"{path}.unread: expected a share from 0 to 1, got {self.unread}")
+    for name in "tries", "megabytes":
+      require(getattr(self, name) >= 1, f"{path}.{name}: expected at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class RunnerSettings(Settings):
   """How the work is spread over one machine. Nothing here changes what is written.
 
@@ -60,10 +83,12 @@ class RunnerSettings(Settings):
       0 or 1 no process is started, and the command itself refines.
     threads: how many threads of each worker read, decode and shrink pictures ahead of the refiner.
     prefetch: how many batches these threads are ahead.
+    reading: what happens when a picture cannot be read.
   """
   workers: int = 1
   threads: int = 8
   prefetch: int = 2
+  reading: ReadingSettings = dataclasses.field(default_factory=ReadingSettings)
 
   def check(self, path: str) -> None:
     for name, least in ("workers", 0), ("threads", 1), ("prefetch", 0):
@@ -98,6 +123,7 @@ class ExportConfig(Settings):
 
   def check(self, path: str) -> None:
     require(bool(self.output), f"{path}.output: name the directory to write")
+    reachable(self.output)
     require(self.format in FORMATS, f"{path}.format: expected one of {FORMATS}, got {self.format!r}")
     segmenter = getattr(self.refiner, "segmenter", None)
     require(not self.features.masks or getattr(segmenter, "store_masks", False),

@@ -9,19 +9,23 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
-from refiner_export.common.files import write_atomically
+from refiner_export.common.files import reason, write_atomically, writing
+from refiner_export.common.sealed import seal, unseal
 from refiner_export.common.settings import UserError, require
 from refiner_export.export.config import ExportConfig
-from refiner_export.records.manifest import MANIFEST, shard_name
+from refiner_export.records.manifest import MANIFEST, Manifest, shard_name
 from refiner_export.records.schema import SCHEMA_VERSION, Schema, fingerprint
 from refiner_export.sources.source import Unit
 
 CONFIG = "export_config.json"
+
+_NAMED_UNITS = 64  # a source of at most so many units has the versions of their parts in export_config.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,7 @@ class ExportPlan:
 
   @property
   def directory(self) -> epath.Path:
-    return epath.Path(self.config.output)
+    return epath.Path(os.path.expanduser(self.config.output))
 
   @property
   def shards(self) -> int:
@@ -75,10 +79,28 @@ class ExportPlan:
     start = (number - first) * self.config.records_per_shard
     return UnitSlice(unit, start, min(start + self.config.records_per_shard, count))
 
+  def made_of(self, number: int) -> str:
+    """The hash of all that decides shard `number`. A shard of another plan with the same hash has the same bytes."""
+    part = self.slice_of(number)
+    text = repr((self._settings_digest, part.unit.name, part.unit.version, part.start, part.stop))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+  @functools.cached_property
+  def _settings_digest(self) -> str:
+    settings = deciding_settings(self)
+    del settings["limit"], settings["source"]["units"], settings["source"]["parts"]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
   @functools.cached_property
   def schema(self) -> Schema:
     features = self.config.features
     return Schema(features.dtype, fingerprint(self.described), features.optional_fields, features.top_k)
+
+
+def clear_plans() -> None:
+  """Has the source asked again: it may have been edited since."""
+  read_plan.cache_clear()
+  make_plan.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
@@ -90,16 +112,27 @@ def read_plan(config: ExportConfig) -> ExportPlan:
   Raises:
     UserError: the source is empty or wrong; or the directory was begun with another configuration, or with other units.
   """
-  units, counts = _limited_units(config)
-  shards = [_output_shards(count, config.records_per_shard) for count in counts]
-  plan = ExportPlan(config, units, counts, np.cumsum(shards, dtype=np.int64), config.refiner.describe())
-  require(plan.shards > 0, "config.source: there is no example in it")
+  plan = make_plan(config)
   _claim(plan)
   return plan
 
 
-def _limited_units(config: ExportConfig) -> tuple[list[Unit], list[int | None]]:
-  """The units to export, and how many examples of each: the first `config.limit` examples in all.
+@functools.lru_cache(maxsize=1)
+def make_plan(config: ExportConfig) -> ExportPlan:
+  """The plan alone; the directory is not looked at. Raises `UserError` for a source that is empty or wrong."""
+  plan = plan_of(config, *limited_units(config, config.limit))
+  require(plan.shards > 0, "config.source: there is no example in it")
+  return plan
+
+
+def plan_of(config: ExportConfig, units: Sequence[Unit], counts: Sequence[int | None]) -> ExportPlan:
+  """Cuts so many examples of each unit into shards."""
+  shards = [_output_shards(count, config.records_per_shard) for count in counts]
+  return ExportPlan(config, units, counts, np.cumsum(shards, dtype=np.int64), config.refiner.describe())
+
+
+def limited_units(config: ExportConfig, limit: int | None) -> tuple[list[Unit], list[int | None]]:
+  """The units to export, and how many examples of each: the first `limit` examples in all.
 
   Whether the limit is reached depends on the counts of all units before. So with a limit a unit of unknown size is read
   here until its end or the limit, without its pictures.
@@ -107,9 +140,9 @@ def _limited_units(config: ExportConfig) -> tuple[list[Unit], list[int | None]]:
   units = list(config.source.shards())
   names = {unit.name for unit in units}
   require(len(names) == len(units), "config.source: two of its units have the same name: mend its method shards")
-  if config.limit is None:
+  if limit is None:
     return units, [unit.count for unit in units]
-  counts, left = [], config.limit
+  counts, left = [], limit
   for unit in units:
     if left == 0:
       break
@@ -125,33 +158,105 @@ def _output_shards(count: int | None, records_per_shard: int) -> int:
   return 1 if count is None else -(-count // records_per_shard)
 
 
-def _claim(plan: ExportPlan) -> None:
-  """Writes what decides the bytes of the directory into it, or compares with what the first process has written."""
-  config, directory = plan.config, plan.directory
+def deciding_settings(plan: ExportPlan) -> dict:
+  """What decides the bytes of the directory, as `export_config.json` states it."""
+  config = plan.config
   settings = json.loads(config.to_json())
   # These three decide nothing in the directory: where it lies, and how many pictures are refined at once, by whom.
   for name in ("output", "batch", "runner"):
     del settings[name]
-  settings["source"] |= {"name": config.source.name, "units": _digest(plan)}
+  settings["source"] |= {"name": config.source.name, "units": _digest(plan), "parts": _parts(plan)}
   settings["refiner"] = plan.described
   settings["schema_version"] = SCHEMA_VERSION
-  path = directory / CONFIG
-  if not path.exists():
-    require(not (directory / MANIFEST).exists(), f"{directory} holds records of unknown origin: name another output")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
-  try:
-    begun = json.loads(path.read_text())  # also after writing: another process may have begun at the same moment
-  except ValueError as error:
-    raise UserError(f"{path}: not JSON ({error}): remove the directory or name another output") from None
+  return settings
+
+
+def _claim(plan: ExportPlan) -> None:
+  """Writes what decides the bytes of the directory into it, or compares with what the first process has written."""
+  directory, settings = plan.directory, deciding_settings(plan)
+  begun = begun_with(directory)
+  if begun != settings and (begun is None or _vouches(directory, settings)):
+    require(begun is not None or _may_own(directory, settings),
+            f"{directory} holds records of unknown origin: name another output")
+    write_settings(directory, settings)
+    begun = begun_with(directory) or {}  # another process may have begun at the same moment
   differing = sorted(name for name in {*settings, *begun} if settings.get(name) != begun.get(name))
   require(not differing, f"{directory} was begun with another config.{', config.'.join(differing)}: "
-                         "remove the directory or name another output")
+                         f"{_edited(settings, begun)}remove the directory or name another output")
+
+
+def write_settings(directory: epath.Path, settings: dict) -> None:
+  """Writes `export_config.json`. Raises `UserError` when that is impossible."""
+  with writing(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+  write_atomically(directory / CONFIG, seal(settings, indent=2))
+
+
+def begun_with(directory: epath.Path) -> dict | None:
+  """What `export_config.json` states; None when it is lost or damaged. Raises `UserError` when it cannot be read."""
+  path = directory / CONFIG
+  try:
+    begun = unseal(path.read_bytes())
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    print(f"writing {path} again: {error}", flush=True)
+    return None
+  except OSError as error:
+    raise UserError(f"config.output={directory}: cannot be read ({reason(error)}): name another output") from None
+  return begun if {"image", "records_per_shard"} <= begun.keys() else None  # else it is the content of another file
+
+
+def _may_own(directory: epath.Path, settings: dict) -> bool:
+  """Whether a directory without a whole `export_config.json` may get this one: a whole manifest must know it.
+
+  Reports of shards need not be asked here: each says what its shard was made of.
+  """
+  if not (directory / MANIFEST).exists():
+    return True
+  try:
+    Manifest.load(directory)
+  except UserError:  # it is damaged too
+    return True
+  return _vouches(directory, settings)
+
+
+def _vouches(directory: epath.Path, settings: dict) -> bool:
+  """Whether the manifest says that `export_config.json` held these settings."""
+  try:
+    stated = Manifest.load(directory).files.get(CONFIG)
+  except UserError:
+    return False
+  return stated == hashlib.sha256(seal(settings, indent=2)).hexdigest()
+
+
+def _parts(plan: ExportPlan) -> dict[str, str]:
+  """The versions of what units are made of. A source of many units has one hash alone, because this text is short."""
+  parts = {}
+  for unit in plan.units[:_NAMED_UNITS]:
+    for name, version in unit.parts:
+      parts[f"{name} of {unit.name}"] = version
+  return parts if len(plan.units) <= _NAMED_UNITS else {}
+
+
+def _edited(settings: dict, begun: dict) -> str:
+  """Names the parts of the source that were edited; "" when nobody knows."""
+  try:
+    now, then = settings["source"]["parts"], begun["source"]["parts"]
+    names = sorted(name for name in now if then[name] != now[name])
+  except (KeyError, TypeError):  # the directory was begun by an earlier version, or with another source
+    return ""
+  return f"edited since: {', '.join(names)}: " if names else ""
 
 
 def _digest(plan: ExportPlan) -> str:
   """The hash of all units, so that an edited source is not taken for the source that was exported before."""
   digest = hashlib.sha256()
   for unit, count in zip(plan.units, plan.counts, strict=True):
-    digest.update(repr((unit.name, count, unit.version)).encode())
+    digest.update(described_unit(unit, count))
   return digest.hexdigest()[:12]
+
+
+def described_unit(unit: Unit, count: int | None) -> bytes:
+  """What the hash of all units takes of one."""
+  return repr((unit.name, count, unit.version)).encode()

@@ -13,17 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from etils import epath
 
-from refiner_export.common.files import is_local, write_atomically
-from refiner_export.common.settings import require
+from refiner_export.common.files import hash_file, is_local
+from refiner_export.common.settings import UserError, require
+from refiner_export.common.stores import store_errors
 from refiner_export.common.unfinished import remove_abandoned
 from refiner_export.export.config import ExportConfig
-from refiner_export.export.plan import ExportPlan, read_plan
-from refiner_export.export.shard import ERRORS, Report, is_finished, read_report, report_path
+from refiner_export.export.growing import grow
+from refiner_export.export.inputs import check_pictures, dropped_by_reason
+from refiner_export.export.plan import CONFIG, ExportPlan, clear_plans, read_plan
+from refiner_export.export.reports import REPORTS, Report, kept_reports, write_reports
+from refiner_export.export.shard import is_finished, read_report, report_path
 from refiner_export.export.workers import run_locally
 from refiner_export.records.formats import open_shard
-from refiner_export.records.manifest import MANIFEST, SPLIT, Manifest, write_tfds_metadata
+from refiner_export.records.manifest import ERRORS, MANIFEST, SPLIT, TFDS_FILES, Manifest, write_tfds_metadata
 from refiner_export.records.reader import RecordDirectory
-from refiner_export.records.record import RecordError
 from refiner_export.records.schema import SCHEMA_VERSION
 
 Runner = Callable[[ExportPlan, Sequence[int]], None]  # has `export_shard` called for each of these numbers, anywhere
@@ -65,14 +68,26 @@ def export(
   Raises:
     UserError: see `read_plan` and the runner; or no picture of the source could be read.
   """
-  read_plan.cache_clear()  # this process may have read the source before, and it may have been edited since
+  with store_errors(config.output):
+    return _export(config, shard_range, runner)
+
+
+def _export(config: ExportConfig, shard_range: ShardRange, runner: Runner) -> Manifest | None:
+  clear_plans()
+  grow(config)
   plan = read_plan(config)
   numbers = shard_range.of(plan.shards)
   remove_abandoned(plan.directory)
-  if _is_complete(plan.directory):
+  unread = _unread(plan, numbers)
+  if not unread and _is_complete(plan.directory):
+    check_pictures(plan, numbers)
     print(f"{plan.directory} is complete already", flush=True)
     return _end(plan, Manifest.load(plan.directory))
-  missing = _missing(plan, numbers)
+  missing = _missing(plan, numbers, retry=True)
+  if len(missing) < len(numbers):
+    check_pictures(plan, sorted({*numbers} - {*missing}))
+  if unread:
+    print(f"reading again what could not be read in {len(unread)} shards", flush=True)
   if len(missing) < len(numbers):
     print(f"{len(numbers) - len(missing)} of {len(numbers)} shards are finished already", flush=True)
   if missing:
@@ -95,14 +110,16 @@ def finalise(plan: ExportPlan) -> Manifest:
   records = sum(shard.records for shard in shards)
   require(records > 0 or bool(skipped), "config.source: there is no example in it")
   require(records > 0, f"no picture could be read; the first: {json.dumps(skipped[:1])[1:-1]}")
+  write_reports(plan.directory, reports)
   manifest = Manifest(
       schema_version=SCHEMA_VERSION, fingerprint=plan.schema.fingerprint, feature_dtype=plan.schema.feature_dtype,
       detection_rows=_detection_rows(plan, reports), refiner=plan.described, source=plan.config.source.name,
       split=SPLIT, shards=tuple(shards), records=records, conversations=sum(shard.conversations for shard in shards),
       pictures=sum(shard.pictures for shard in shards), skipped=len(skipped), format=plan.config.format,
-      optional_fields=plan.schema.optional_fields)
-  write_atomically(plan.directory / ERRORS, "".join(f"{json.dumps(error)}\n" for error in skipped).encode())
+      optional_fields=plan.schema.optional_fields, dropped=dropped_by_reason(shards, plan))
   write_tfds_metadata(plan.directory, manifest)
+  files = {name: hash_file(plan.directory / name) for name in (CONFIG, ERRORS, REPORTS, *TFDS_FILES)}
+  manifest = dataclasses.replace(manifest, files=files)
   manifest.save(plan.directory)
   return _end(plan, manifest)
 
@@ -118,10 +135,23 @@ def _read_reports(plan: ExportPlan) -> list[Report]:
   return reports
 
 
-def _missing(plan: ExportPlan, numbers: Sequence[int]) -> list[int]:
-  """The shards among these that are not finished."""
+def _unread(plan: ExportPlan, numbers: Sequence[int]) -> list[int]:
+  """The shards of a complete directory that lack examples whose pictures could not be read."""
+  kept = kept_reports(plan.directory)
+  if not kept:
+    return []
+  unread = []
+  for number in numbers:
+    report = kept.get(plan.path(number).name)
+    if report and report.has_unread:
+      unread.append(number)
+  return unread
+
+
+def _missing(plan: ExportPlan, numbers: Sequence[int], retry: bool = False) -> list[int]:
+  """The shards among these that are not finished; with `retry`, also those that lack what could not be read."""
   def is_missing(number: int) -> bool:
-    return not is_finished(plan, number)
+    return not is_finished(plan, number, retry)
 
   reported = _reported(plan)
   missing, candidates = [], []
@@ -137,9 +167,11 @@ def _missing(plan: ExportPlan, numbers: Sequence[int]) -> list[int]:
 def _reported(plan: ExportPlan) -> set[int] | None:
   """The shards that have a report, by one look at the directory; None when every shard has to be asked.
 
-  A manifest stands for the reports of all shards. The list of an object store may be older than the store.
+  A complete directory keeps the reports of all shards in one file. The list of an object store may be older than the
+  store.
   """
-  if not is_local(plan.directory) or (plan.directory / MANIFEST).exists():
+  kept = (plan.directory / MANIFEST).exists() or (plan.directory / REPORTS).exists()
+  if kept or not is_local(plan.directory):
     return None
   reported = set()
   for path in plan.directory.iterdir():
@@ -154,7 +186,8 @@ def _is_complete(directory: epath.Path) -> bool:
     return False
   try:
     RecordDirectory(directory)
-  except RecordError:  # a shard was lost or damaged since
+  except UserError as error:  # a file was lost or damaged since
+    print(f"going on, because the directory is damaged: {error}", flush=True)
     return False
   return True
 
@@ -185,6 +218,8 @@ def _end(plan: ExportPlan, manifest: Manifest) -> Manifest:
         f"conversations, {storage.bytes_per_record:,.0f} bytes per record, of it "
         f"{storage.feature_bytes_per_record:,.0f} features (relative error {storage.feature_relative_rmse:.2g}), "
         f"refiner {manifest.fingerprint}", flush=True)
+  for reason, count in manifest.dropped.items():
+    print(f"left out {count} times: {reason}", flush=True)
   if manifest.skipped:
     print(f"why pictures were skipped: {plan.directory / ERRORS}", flush=True)
   return manifest

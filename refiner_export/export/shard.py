@@ -7,38 +7,32 @@ skipped and why. It is written last, and it is kept until the manifest says the 
 import contextlib
 import dataclasses
 import functools
-import json
 import threading
 from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from refiner_export.common.files import write_atomically
+from refiner_export.common import images
+from refiner_export.common.files import reason, write_atomically
 from refiner_export.common.images import UnreadableImage
+from refiner_export.common.out_of_memory import as_one_line
 from refiner_export.common.settings import require
+from refiner_export.common.stores import store_errors
 from refiner_export.export import pipeline
 from refiner_export.export.config import ExportConfig
+from refiner_export.export.fetching import UnreadLimit
 from refiner_export.export.plan import ExportPlan, read_plan
 from refiner_export.export.prefetch import prefetch
 from refiner_export.export.reading import ShardExamples
-from refiner_export.records.formats import open_shard, write_shard
-from refiner_export.records.manifest import MANIFEST, Manifest
+from refiner_export.export.reports import Report, kept_reports, skip_of
+from refiner_export.records.formats import open_described, write_shard
 from refiner_export.records.record import RecordError
 from refiner_export.records.shard_files import ShardInfo, ShardItem
 from refiner_export.refiners.base import Refiner, RefinerSettings
 
-ERRORS = "errors.jsonl"
-
 _ONE_AT_A_TIME = threading.Lock()
 
 Advance = Callable[[int, int], None]  # how many examples were just done, and how many of them were skipped
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """A finished shard, and the examples that are missing from it: `id` and `reason` of each, in their order."""
-  shard: ShardInfo
-  skipped: tuple[dict[str, str], ...]
 
 
 def _ignore(examples: int, skipped: int) -> None:
@@ -56,21 +50,27 @@ def export_shard(config: ExportConfig, number: int, advance: Advance = _ignore) 
     UserError: see `read_plan` and `ShardExamples`; or the refiner's files do not fit; or the source gives other texts
       or annotations for a shard than when the shard was first written.
   """
-  with _ONE_AT_A_TIME:
+  with _ONE_AT_A_TIME, store_errors(config.output):
     plan = read_plan(config)
     try:
       report = read_report(plan, number)
     except RecordError as error:
       print(f"writing a shard again: {error}", flush=True)
       report = None
-    return report.shard if report else _write(plan, number, _build(config.refiner), advance)
+    if report and not report.has_unread:
+      return report.shard
+    images.DECODING.size = config.runner.reading.megabytes << 20
+    with as_one_line(f"shard {number}"):
+      return _write(plan, number, _build(config.refiner), advance)
 
 
-def is_finished(plan: ExportPlan, number: int) -> bool:
+def is_finished(plan: ExportPlan, number: int, retry: bool = False) -> bool:
+  """Whether nothing is left to do. With `retry`, examples whose pictures could not be read are left to do."""
   try:
-    return read_report(plan, number) is not None
+    report = read_report(plan, number)
   except RecordError:
     return False
+  return report is not None and not (retry and report.has_unread)
 
 
 def read_report(plan: ExportPlan, number: int) -> Report | None:
@@ -94,44 +94,23 @@ def report_path(plan: ExportPlan, number: int) -> epath.Path:
 def _load_report(plan: ExportPlan, number: int) -> Report | None:
   path = report_path(plan, number)
   try:
-    fields = json.loads(path.read_text())
-    return Report(ShardInfo(**fields["shard"]), tuple(fields["skipped"]))
+    return Report.from_line(path.read_bytes())
   except FileNotFoundError:
-    return _report_from_manifest(plan, number)
-  except (ValueError, TypeError, KeyError) as error:
-    raise RecordError(f"{path}: not a report of a shard ({' '.join(str(error).split())})") from None
-
-
-def _report_from_manifest(plan: ExportPlan, number: int) -> Report | None:
-  """The report of an export that was complete once, perhaps since a moment ago and by another process."""
-  path = plan.directory / MANIFEST
-  try:
-    stat = path.stat()
-  except FileNotFoundError:
-    return None
-  reports = _reports_of_complete_export(str(plan.directory), stat.length, stat.mtime)
-  return reports.get(plan.path(number).name)
-
-
-# Cached, because a large export asks for many shards. A manifest that was written again has another size or time.
-@functools.lru_cache(maxsize=1)
-def _reports_of_complete_export(directory: str, length: int, mtime: float) -> dict[str, Report]:
-  """File name of a shard -> its report."""
-  errors = [json.loads(line) for line in (epath.Path(directory) / ERRORS).read_text().splitlines()]
-  reports, start = {}, 0
-  for shard in Manifest.load(directory).shards:
-    # The lines of the file are in the order of the shards.
-    reports[shard.file] = Report(shard, tuple(errors[start:start + shard.skipped]))
-    start += shard.skipped
-  return reports
+    # The export was complete once, perhaps since a moment ago and by another process.
+    return kept_reports(plan.directory).get(plan.path(number).name)
+  except (ValueError, TypeError) as error:
+    raise RecordError(f"{path}: not a report of a shard ({reason(error)})") from None
 
 
 def _compare(report: Report, plan: ExportPlan, number: int) -> None:
   path, shard = plan.path(number), report.shard
-  found = open_shard(path)
-  if (shard.file, shard.records, shard.bytes) != (path.name, len(found), found.bytes):
-    raise RecordError(f"{path}: {len(found)} records in {found.bytes} bytes, its report says {shard.records} in "
-                      f"{shard.bytes} in {shard.file}")
+  if report.damage:
+    raise RecordError(f"{path}: {report.damage}")
+  if shard.file != path.name:
+    raise RecordError(f"{path}: its report is that of {shard.file}")
+  if shard.made_of not in ("", plan.made_of(number)):
+    raise RecordError(f"{path}: it was made with other settings, or of another part of the source")
+  open_described(plan.directory, shard)
   skipped, planned = len(report.skipped), plan.slice_of(number).count
   if planned is None:
     planned = shard.records + shard.skipped
@@ -148,9 +127,10 @@ def _write(plan: ExportPlan, number: int, refiner: Refiner, advance: Advance) ->
   examples, skipped = ShardExamples(plan, number), []
   with contextlib.closing(_items(plan, number, examples, refiner, skipped, advance)) as items:
     shard = write_shard(plan.path(number), items)
-  shard = dataclasses.replace(shard, skipped=len(skipped), texts=examples.texts)
-  report = {"shard": dataclasses.asdict(shard), "skipped": skipped}
-  write_atomically(report_path(plan, number), (json.dumps(report, indent=2) + "\n").encode())
+  shard = dataclasses.replace(
+      shard, skipped=len(skipped), texts=examples.texts, dropped=examples.counted(), made_of=plan.made_of(number),
+      pictures_version=examples.pictures_version)
+  write_atomically(report_path(plan, number), Report(shard, tuple(skipped)).to_line())
   return shard
 
 
@@ -163,17 +143,23 @@ def _items(
   The source is compared with an earlier report at the end, while the file still has its unfinished name.
   """
   config = plan.config
-  read = functools.partial(pipeline.read, image=config.image)
+  read = functools.partial(pipeline.read, image=config.image, reading=config.runner.reading)
+  limit = UnreadLimit(config.runner.reading.unread, plan.slice_of(number).count)
   ready = prefetch(read, examples.batches(config.batch), config.runner.threads, config.runner.prefetch)
   with contextlib.closing(ready):
     for batch, found in ready:
       before = len(skipped)
+      for stored in found:
+        examples.add_versions(stored)
       for result in pipeline.refine_read(batch, found, refiner, config.source.name):
-        if isinstance(result, UnreadableImage):
-          skipped.append({"id": result.id, "reason": result.reason})
+        is_skipped = isinstance(result, UnreadableImage)
+        limit.add(result if is_skipped else None)
+        if is_skipped:
+          skipped.append(skip_of(result))
         else:
           yield plan.schema.item(result)
       advance(len(batch), len(skipped) - before)
+  limit.end()
   earlier = _earlier_texts(plan, number)
   require(earlier in ("", examples.texts),
           f"{plan.directory}: the source's texts or annotations of {plan.path(number).name} are not those of before "
@@ -186,4 +172,5 @@ def _earlier_texts(plan: ExportPlan, number: int) -> str:
     report = _load_report(plan, number)
   except RecordError:
     return ""
-  return report.shard.texts if report else ""
+  is_same_part = report is not None and report.shard.made_of in ("", plan.made_of(number))
+  return report.shard.texts if is_same_part else ""

@@ -27,7 +27,8 @@ class Box:
   """A box to draw, in percent of the picture.
 
   A dashed box has its label at its end, so that the label does not hide the label of the solid box that it belongs to.
-  `note` is what a mouse over the label shows.
+  `note` is what a mouse over the label shows. `number` is that of the object, where the box is an object's: a list of
+  names below the photo points at the boxes by it.
   """
   label: str
   colour: str
@@ -37,12 +38,15 @@ class Box:
   height: float
   dashed: bool = False
   note: str = ""
+  number: int | None = None
 
   @classmethod
-  def of(cls, box: np.ndarray, label: str, colour: str, dashed: bool = False, note: str = "") -> "Box":
+  def of(
+      cls, box: np.ndarray, label: str, colour: str, dashed: bool = False, note: str = "", number: int | None = None,
+  ) -> "Box":
     """From (4,) xyxy in [0, 1]; corners in the wrong order are put right."""
     left, top, right, bottom = (100 * order_corners(np.asarray(box, float)[None])[0]).tolist()
-    return cls(label, colour, left, top, right - left, bottom - top, dashed, note)
+    return cls(label, colour, left, top, right - left, bottom - top, dashed, note, number)
 
   @property
   def area(self) -> float:
@@ -76,7 +80,7 @@ def photo(picture: Picture, boxes: Sequence[Box], alt: str, overlay: str = "") -
   """
   by_size = sorted(boxes, key=lambda box: box.area, reverse=True)
   return {"image": base64.b64encode(picture.image).decode(), "width": picture.width, "height": picture.height,
-          "boxes": by_size, "overlay": overlay, "alt": alt}
+          "boxes": by_size, "names": [box for box in boxes if box.number is not None], "overlay": overlay, "alt": alt}
 
 
 def credits(record: Record) -> str:

@@ -4,13 +4,14 @@ A chunk holds one record and nothing is compressed, because that is best for ran
 and writes local files only.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 from array_record.python import array_record_module
 from etils import epath
 
-from refiner_export.common.files import hash_file, is_local
-from refiner_export.common.settings import require
+from refiner_export.common.files import hash_file, is_local, writing
+from refiner_export.common.settings import UserError, require
 from refiner_export.common.unfinished import unfinished_path
 from refiner_export.records.record import RecordError
 from refiner_export.records.shard_files import IndexedShard, ShardInfo, ShardItem, ShardTally, size_of
@@ -27,24 +28,38 @@ def write_shard(path: epath.PathLike, items: Iterable[ShardItem]) -> ShardInfo:
                           "mount the bucket")
   unfinished, tally = unfinished_path(path), ShardTally()
   try:
-    writer = array_record_module.ArrayRecordWriter(str(unfinished), _WRITER)
+    with _writing(path):
+      writer = array_record_module.ArrayRecordWriter(str(unfinished), _WRITER)
     for item in items:
-      writer.write(item.payload)
+      with _writing(path):
+        writer.write(item.payload)
       tally.add(item)
-    writer.close()  # raises what went wrong, such as a full disk
-    size, digest = unfinished.stat().length, hash_file(unfinished)
+    with _writing(path):  # closing raises what went wrong, such as a full disk
+      writer.close()
+    with writing(path):
+      size, digest = unfinished.stat().length, hash_file(unfinished)
+    return tally.publish(unfinished, path, size, digest)
   except BaseException:
-    unfinished.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      unfinished.unlink(missing_ok=True)
     raise
-  return tally.publish(unfinished, path, size, digest)
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+  """As `files.writing`, for the library, whose errors are of another class."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise UserError(f"{path}: cannot be written ({_first_reason(error)}): make room, or name another place") from error
 
 
 class ArrayRecordReader(IndexedShard):
   """Random access to one shard; the same interface as `tfrecord.ShardReader`, and the same errors."""
 
-  def __init__(self, path: epath.PathLike):
+  def __init__(self, path: epath.PathLike, index_sha256: str = ""):
     require(is_local(path), f"{path}: array_record needs a local or mounted directory: mount the bucket")
-    super().__init__(path)
+    super().__init__(path, index_sha256)
     self.bytes = size_of(self.path)
     reader = self._open()
     if reader.num_records() != len(self._index):
@@ -61,11 +76,11 @@ class ArrayRecordReader(IndexedShard):
     try:
       (payload,) = self._handle.read([position])
     except RuntimeError as error:
-      raise RecordError(f"{self.path}: record {position} is damaged ({_first_reason(error)}); copy or export the shard "
-                        "again") from error
+      raise RecordError(f"{self.path}: record {position} is damaged ({_first_reason(error)}); copy or repair the "
+                        "shard") from error
     if len(payload) != self._index[position, 1]:
       raise RecordError(f"{self.path}: record {position} is of {len(payload)} bytes, its index tells of "
-                        f"{self._index[position, 1]}; copy or export the shard again")
+                        f"{self._index[position, 1]}; copy or repair the shard")
     return payload
 
   def _open(self) -> array_record_module.ArrayRecordReader:
@@ -76,7 +91,7 @@ class ArrayRecordReader(IndexedShard):
         reason = "cannot be opened"
       except RuntimeError as error:  # only closing says what is wrong
         reason = _first_reason(error)
-      raise RecordError(f"{self.path}: not a whole ArrayRecord file ({reason}); copy or export the shard again")
+      raise RecordError(f"{self.path}: not a whole ArrayRecord file ({reason}); copy or repair the shard")
     return reader
 
 

@@ -1,23 +1,26 @@
 """The manifest of an exported directory, and the TFDS metadata that lies beside it."""
 
 import dataclasses
-import json
+from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core import dataset_info, naming, splits
 
-from refiner_export.common.files import write_atomically
-from refiner_export.common.settings import UserError, require
+from refiner_export.common.files import hash_file, reason, write_atomically, writing
+from refiner_export.common.sealed import build, parse_object, seal, unseal
+from refiner_export.common.settings import UserError, reachable, require
 from refiner_export.records import schema_1
 from refiner_export.records.features import FeatureSums
 from refiner_export.records.formats import FORMATS
 from refiner_export.records.record import Record
-from refiner_export.records.schema import SCHEMA_VERSION, Schema
+from refiner_export.records.schema import SCHEMA_VERSION, Schema, check_fields
 from refiner_export.records.shard_files import ShardInfo
 
-MANIFEST = "manifest.json"
+MANIFEST, ERRORS = "manifest.json", "errors.jsonl"
+DAMAGED = "run python -m refiner_export repair with the configuration of the export"
 NAME, SPLIT = "lyrics_records", "train"
+TFDS_FILES = ("features.json", "dataset_info.json")
 _READ_VERSIONS = (schema_1.VERSION, SCHEMA_VERSION)
 
 
@@ -41,7 +44,7 @@ class Storage:
 class Manifest:
   """What a directory of records holds.
 
-  `manifest.json` also states `storage`, for people: it follows from the shards.
+  `manifest.json` also states `storage`, for people: it follows from the shards. It begins with its checksum.
 
   Attributes:
     schema_version: 2, or 1 for a directory of before a record could have several pictures.
@@ -54,6 +57,8 @@ class Manifest:
     skipped: how many examples of the source became no record.
     format: of the shards, one of `FORMATS`.
     optional_fields: the fields of `OPTIONAL_FIELDS` that pictures have.
+    dropped: how many texts and annotations were left out, by reason. Those that belong to no example are among them.
+    files: the SHA-256 of every other file of the directory, by its name; empty in older directories.
   """
   schema_version: int
   fingerprint: str
@@ -69,34 +74,42 @@ class Manifest:
   skipped: int
   format: str = "tfrecord"
   optional_fields: tuple[str, ...] = ()
+  dropped: dict = dataclasses.field(default_factory=dict)
+  files: dict = dataclasses.field(default_factory=dict)
 
   @classmethod
   def load(cls, directory: epath.PathLike) -> "Manifest":
     """Reads `manifest.json`. Raises `UserError` when it is missing, damaged or of a schema that is not known."""
-    path = epath.Path(directory) / MANIFEST
+    path = reachable(directory) / MANIFEST
     require(path.exists(), f"no {MANIFEST} in {directory}: run python -m refiner_export --config ... until it ends")
     try:
-      fields = json.loads(path.read_text())
-      version = fields["schema_version"]
-      require(version in _READ_VERSIONS,
-              f"{path}: schema version {version}, this program reads {_READ_VERSIONS[0]} to {_READ_VERSIONS[-1]}: "
-              "export again, or update the program")
-      if version == schema_1.VERSION:
-        _count_pictures(fields)
-      fields["shards"] = tuple([ShardInfo(**shard) for shard in fields["shards"]])
-      fields["optional_fields"] = tuple(fields.get("optional_fields", ()))
-      fields.pop("storage", None)
-      manifest = cls(**fields)
-      require(manifest.format in FORMATS, f"{path}: shards of format {manifest.format!r}, which this program does not "
-                                          "know: update it")
-      return manifest
-    except (ValueError, TypeError, KeyError) as error:
-      raise UserError(f"{path}: not a manifest ({' '.join(str(error).split())}): export again") from error
+      data = path.read_bytes()
+      version = parse_object(data).get("schema_version")
+      manifest = None if _is_other_version(version) else _from_fields(unseal(data))
+    except (ValueError, TypeError, OSError, UserError) as error:
+      raise UserError(f"{path}: not a manifest ({reason(error)}): {DAMAGED}") from error
+    require(manifest is not None,
+            f"{path}: schema version {version}, this program reads {_READ_VERSIONS[0]} to {_READ_VERSIONS[-1]}: "
+            "export again, or update the program")
+    require(manifest.format in FORMATS, f"{path}: shards of format {manifest.format!r}, which this program does not "
+                                        "know: update it")
+    return manifest
 
   def save(self, directory: epath.PathLike) -> None:
     fields = dataclasses.asdict(self) | {"storage": dataclasses.asdict(self.storage)}
-    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    write_atomically(epath.Path(directory) / MANIFEST, text.encode())
+    write_atomically(epath.Path(directory) / MANIFEST, seal(fields, indent=2))
+
+  def check_files(self, directory: epath.PathLike) -> Iterator[str]:
+    """A line for each of `files` that is missing or is not as it was written."""
+    for name, sha256 in self.files.items():
+      path = epath.Path(directory) / name
+      try:
+        if hash_file(path) != sha256:
+          yield f"{path}: its checksum is not that of the manifest, it is damaged or was edited: {DAMAGED}"
+      except FileNotFoundError:
+        yield f"{path}: missing: {DAMAGED}"
+      except OSError as error:
+        yield f"{path}: cannot be read ({reason(error)}): {DAMAGED}"
 
   def schema(self) -> Schema | schema_1.Schema1:
     """What decodes the directory's records."""
@@ -132,7 +145,7 @@ def shard_name(shard: int, shards: int, format: str = "tfrecord") -> str:
 
 
 def write_tfds_metadata(directory: epath.PathLike, manifest: Manifest) -> None:
-  """Writes features.json and dataset_info.json, so that `tfds.builder_from_directory(directory)` works."""
+  """Writes `TFDS_FILES`, so that `tfds.builder_from_directory(directory)` works."""
   directory = epath.Path(directory)
   identity = dataset_info.DatasetIdentity(
       name=NAME, version=tfds.core.Version(f"{manifest.schema_version}.0.0"), data_dir=str(directory),
@@ -145,15 +158,44 @@ def write_tfds_metadata(directory: epath.PathLike, manifest: Manifest) -> None:
       name=SPLIT, shard_lengths=[shard.records for shard in manifest.shards],
       num_bytes=sum(shard.bytes for shard in manifest.shards),
       filename_template=_file_template(directory, manifest.format))]))
-  info.write_to_directory(directory)
+  with writing(directory / TFDS_FILES[0]):
+    info.write_to_directory(directory)
 
 
 def _file_template(directory: epath.Path, format: str) -> naming.ShardedFileTemplate:
   return naming.ShardedFileTemplate(data_dir=directory, dataset_name=NAME, split=SPLIT, filetype_suffix=format)
 
 
+def _is_other_version(version) -> bool:
+  """Whether a manifest is of another program, and not merely damaged."""
+  return type(version) is int and version not in _READ_VERSIONS
+
+
+def _from_fields(fields: dict) -> Manifest:
+  """Raises `ValueError` or `TypeError` for what cannot be a manifest."""
+  if fields.get("schema_version") == schema_1.VERSION:
+    _count_pictures(fields)
+  fields.pop("storage", None)
+  shards = []
+  for shard in fields.get("shards", ()):
+    shards.append(build(ShardInfo, shard))
+    if "/" in shard["file"]:
+      raise ValueError(f"shard {shard['file']!r} is not in the directory")
+  fields["shards"] = tuple(shards)
+  fields["optional_fields"] = tuple(fields.get("optional_fields", ()))
+  manifest = build(Manifest, fields)
+  check_fields(manifest.feature_dtype, [str(name) for name in manifest.optional_fields])
+  if not isinstance(manifest.refiner.get("name"), str):
+    raise ValueError("'refiner' has no name")
+  for name, sha256 in manifest.files.items():
+    if "/" in name or not isinstance(sha256, str):
+      raise ValueError(f"file {name!r} is not in the directory")
+  return manifest
+
+
 def _count_pictures(fields: dict) -> None:
   """Adds the numbers that a manifest of schema 1 lacks: every record that was exported had one picture."""
-  fields["pictures"] = fields["records"]
-  for shard in fields["shards"]:
-    shard["pictures"] = shard["records"]
+  fields["pictures"] = fields.get("records")
+  for shard in fields.get("shards", ()):
+    if isinstance(shard, dict):
+      shard["pictures"] = shard.get("records")

@@ -9,6 +9,7 @@ in memory.
 
 import numpy as np
 
+_LONGEST = 60  # bits of a number
 
 def decode_rle(rle: bytes, height: int, width: int) -> np.ndarray:
   """The compressed `counts` of a mask -> bool (height, width). Raises `ValueError` for another number of pixels."""
@@ -24,6 +25,8 @@ def _lengths(rle: bytes) -> list[int]:
     number |= int(digit & 0x1F) << shift
     shift += 5
     if digit & 0x20:
+      if shift > _LONGEST:
+        raise ValueError("not a run-length code")
       continue
     if digit & 0x10:  # the sign bit
       number -= 1 << shift

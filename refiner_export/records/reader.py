@@ -5,9 +5,10 @@ import bisect
 import numpy as np
 from etils import epath
 
-from refiner_export.common.settings import require
-from refiner_export.records.formats import open_shard
-from refiner_export.records.manifest import Manifest
+from refiner_export.common.settings import reachable, require
+from refiner_export.common.stores import store_errors
+from refiner_export.records.formats import open_described
+from refiner_export.records.manifest import DAMAGED, Manifest
 from refiner_export.records.record import Record, RecordError
 
 _NO_COUNTS = np.zeros(0, np.int64)
@@ -26,20 +27,27 @@ class RecordDirectory:
   """
 
   def __init__(self, path: epath.PathLike, fingerprint: str | None = None):
-    self.path = epath.Path(path)
+    self.path = reachable(path)
+    with store_errors(path):
+      self._open(fingerprint)
+
+  def _open(self, fingerprint: str | None) -> None:
     self.manifest = Manifest.load(self.path)
     require(fingerprint in (None, self.manifest.fingerprint),
-            f"{path}: made by refiner {self.manifest.fingerprint} ({self.manifest.refiner['name']}), the configuration "
-            f"expects {fingerprint}: export again, or set the expected fingerprint to {self.manifest.fingerprint}")
+            f"{self.path}: made by refiner {self.manifest.fingerprint} ({self.manifest.refiner['name']}), the "
+            f"configuration expects {fingerprint}: export again, or set the expected fingerprint to "
+            f"{self.manifest.fingerprint}")
+    for problem in self.manifest.check_files(self.path):
+      raise RecordError(problem)
     self._shards = []
     self._starts = [0]  # the position of each shard's first record, and the number of all records
     for info in self.manifest.shards:
-      shard = open_shard(self.path / info.file)
+      shard = open_described(self.path, info)
       self._shards.append(shard)
       self._starts.append(self._starts[-1] + len(shard))
     require(self._starts[-1] == self.manifest.records,
-            f"{path}: the shards hold {self._starts[-1]} records, the manifest says {self.manifest.records}: "
-            "export again")
+            f"{self.path}: the shards hold {self._starts[-1]} records, the manifest says {self.manifest.records}: "
+            f"{DAMAGED}")
     self._schema = self.manifest.schema()
 
   def __len__(self) -> int:
@@ -50,7 +58,8 @@ class RecordDirectory:
       raise IndexError(f"{self.path}: record {position} asked for, the directory holds {len(self)}")
     shard = bisect.bisect_right(self._starts, position) - 1
     reader, within = self._shards[shard], position - self._starts[shard]
-    serialized = reader.read(within)
+    with store_errors(self.path):
+      serialized = reader.read(within)
     try:
       return self._schema.decode(serialized)
     except RecordError as error:

@@ -20,6 +20,7 @@ BOX_PLACEHOLDER = re.compile(r"<box (\d+)\.(\d+)>")
 USER, ASSISTANT = "user", "assistant"
 CAPTION = "caption"  # the task of conversations that are made of a record's captions
 
+_LOOKS_LIKE_PLACEHOLDER = re.compile(r"<(?=(?:image|box) \d)")
 _BOX_WITHOUT_PICTURE = re.compile(r"<box (\d+)>")  # how schema 1 wrote a placeholder
 
 
@@ -107,6 +108,22 @@ def image_placeholder(picture: int) -> str:
 def box_placeholder(picture: int, box: int) -> str:
   """What stands in a text for a box of a picture of the record."""
   return f"<box {picture}.{box}>"
+
+
+def is_text(value: object) -> bool:
+  """Whether a value is a text that can be written: half a surrogate pair cannot."""
+  if not isinstance(value, str):
+    return False
+  try:
+    value.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def escape(text: str) -> str:
+  """A text from outside, as it may stand in a record: what looks like a placeholder gets a space and is none then."""
+  return _LOOKS_LIKE_PLACEHOLDER.sub("< ", text)
 
 
 def check(record: Record) -> None:

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import example_serializer
 
 from refiner_export.common.settings import require
+from refiner_export.records.decoding import decoding
 from refiner_export.records.features import FEATURE_DTYPES, FEATURE_WIDTH, FeatureSums, restore, store, stored_dtype
 from refiner_export.records.record import (
     OPTIONAL_FIELDS, Conversation, Picture, Record, RecordError, Turn, check, conversation_items)
@@ -103,10 +104,11 @@ class Schema:
 
   def decode(self, serialized: bytes) -> Record:
     """Reads a record back. Raises `RecordError` for bytes of another schema or fingerprint, or no record at all."""
-    fields = read_fields(self.features, serialized, SCHEMA_VERSION, self.fingerprint)
-    return Record(
-        id=fields["id"].decode(), source=fields["source"].decode(), pictures=self._pictures(fields),
-        captions=decode_texts(fields["captions"]), conversations=decode_turns(fields["turns"]))
+    with decoding(SCHEMA_VERSION):
+      fields = read_fields(self.features, serialized, SCHEMA_VERSION, self.fingerprint)
+      return Record(
+          id=fields["id"].decode(), source=fields["source"].decode(), pictures=self._pictures(fields),
+          captions=decode_texts(fields["captions"]), conversations=decode_turns(fields["turns"]))
 
   def measure(self, record: Record) -> FeatureSums:
     """What the kept features of a record cost in bytes, and how far a reader's features are from the given ones."""

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import tensorflow_datasets as tfds
 
+from refiner_export.records.decoding import decoding
 from refiner_export.records.features import FEATURE_WIDTH, restore, stored_dtype
 from refiner_export.records.record import Conversation, Picture, Record, Turn, box_placeholder
 from refiner_export.records.schema import (
@@ -60,15 +61,16 @@ class Schema1:
 
   def decode(self, serialized: bytes) -> Record:
     """Reads a record. Raises `RecordError` for bytes of another schema or fingerprint, or no record at all."""
-    fields = read_fields(self.features, serialized, VERSION, self.fingerprint)
-    conversations = []
-    for conversation in decode_turns(fields["turns"]):
-      turns = [Turn(turn.role, _number_picture(turn.text)) for turn in conversation.turns]
-      conversations.append(Conversation(conversation.task, tuple(turns)))
-    return Record(
-        id=fields["id"].decode(), source=fields["source"].decode(),
-        pictures=(self._picture(fields),) if fields["image"] else (),
-        captions=decode_texts(fields["captions"]), conversations=tuple(conversations))
+    with decoding(VERSION):
+      fields = read_fields(self.features, serialized, VERSION, self.fingerprint)
+      conversations = []
+      for conversation in decode_turns(fields["turns"]):
+        turns = [Turn(turn.role, _number_picture(turn.text)) for turn in conversation.turns]
+        conversations.append(Conversation(conversation.task, tuple(turns)))
+      return Record(
+          id=fields["id"].decode(), source=fields["source"].decode(),
+          pictures=(self._picture(fields),) if fields["image"] else (),
+          captions=decode_texts(fields["captions"]), conversations=tuple(conversations))
 
   def _picture(self, fields: dict) -> Picture:
     optional = {name: fields[name] for name in self.optional_fields}

@@ -2,10 +2,12 @@
 
 Beside shard `NAME` lies `NAME.index`, a .npy file of int64 (records, 4): offset of the record in the file in bytes (0
 where the format has an index inside the file), length of its payload in bytes, number of its conversation items (see
-`record.conversation_items`), number of its pictures. An index of schema 1 lacks the last column.
+`record.conversation_items`), number of its pictures. An index of schema 1 lacks the last column. The description of the
+shard has the SHA-256 of the index.
 """
 
 import dataclasses
+import hashlib
 import io
 import threading
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from refiner_export.common.files import write_atomically
+from refiner_export.common.files import reason, write_atomically, writing
 from refiner_export.records.features import FeatureSums
 from refiner_export.records.record import RecordError
 
@@ -46,6 +48,10 @@ class ShardInfo:
     feature_bytes ... cosines: the sums of the records' `FeatureSums`; zero where nobody measured.
     skipped: how many examples are missing because a picture cannot be read.
     texts: the hash of the texts and annotations that the source gave for the shard; "" in older directories.
+    dropped: how many texts and annotations of its examples were left out, by reason.
+    pictures_version: the hash of the versions of all pictures in the shard; "" where the source states none.
+    index_sha256: of the index beside the file, in hex; "" in older directories.
+    made_of: the hash of the settings and of the part of the source that decide the shard; "" in older directories.
   """
   file: str
   records: int
@@ -60,6 +66,10 @@ class ShardInfo:
   cosines: float = 0.0
   skipped: int = 0
   texts: str = ""
+  dropped: dict = dataclasses.field(default_factory=dict)
+  pictures_version: str = ""
+  index_sha256: str = ""
+  made_of: str = ""
 
 
 class ShardTally:
@@ -76,11 +86,13 @@ class ShardTally:
 
   def publish(self, unfinished: epath.Path, path: epath.Path, size: int, sha256: str) -> ShardInfo:
     """Gives the whole file its name, after its index has got its own: a shard that can be seen has its index."""
-    write_index(path, self._rows)
-    unfinished.replace(path)
+    index_sha256 = write_index(path, self._rows)
+    with writing(path):
+      unfinished.replace(path)
     _, _, conversations, pictures = np.array(self._rows, np.int64).reshape(-1, 4).sum(axis=0).tolist()
     sums = dataclasses.asdict(FeatureSums.total(self._measured))
-    return ShardInfo(path.name, len(self._rows), conversations, pictures, size, sha256, **sums)
+    return ShardInfo(
+        path.name, len(self._rows), conversations, pictures, size, sha256, **sums, index_sha256=index_sha256)
 
 
 class IndexedShard:
@@ -89,13 +101,17 @@ class IndexedShard:
   Picklable and safe to share between threads. A subclass keeps its open file in `_handle` and guards it by `_lock`;
   neither is pickled.
 
+  Args:
+    path: the shard.
+    index_sha256: of its index; "" where nobody knows it.
+
   Raises:
-    RecordError: the index is missing or is no index.
+    RecordError: the index is missing, is no index, or is another one.
   """
 
-  def __init__(self, path: epath.PathLike):
+  def __init__(self, path: epath.PathLike, index_sha256: str = ""):
     self.path = epath.Path(path)
-    self._index = read_index(self.path)
+    self._index = read_index(self.path, index_sha256)
     self._open_lazily()
 
   def __len__(self) -> int:
@@ -134,22 +150,32 @@ def index_path(shard: epath.PathLike) -> epath.Path:
   return shard.parent / f"{shard.name}.index"
 
 
-def write_index(shard: epath.PathLike, rows: Sequence[tuple[int, int, int, int]]) -> None:
+def write_index(shard: epath.PathLike, rows: Sequence[tuple[int, int, int, int]]) -> str:
+  """Returns the SHA-256 of the index, in hex."""
   buffer = io.BytesIO()
   np.save(buffer, np.array(rows, np.int64).reshape(-1, 4))
   write_atomically(index_path(shard), buffer.getvalue())
+  return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def read_index(shard: epath.PathLike) -> np.ndarray:
-  """int64 (records, 4). Raises `RecordError` when the file is missing or is no index."""
+def read_index(shard: epath.PathLike, sha256: str = "") -> np.ndarray:
+  """int64 (records, 4). Raises `RecordError` when the file is missing, is no index, or has another SHA-256."""
   path = index_path(shard)
   try:
-    table = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+    data = path.read_bytes()
   except FileNotFoundError:
     raise RecordError(f"{path}: the index is missing; copy it beside the shard or run the export again") from None
-  except (ValueError, EOFError, OSError) as error:
-    raise RecordError(f"{path}: not an index ({' '.join(str(error).split())}); run the export again") from error
-  if table.ndim != 2 or table.shape[1] not in (3, 4) or table.dtype != np.int64 or (table < 0).any():
+  except OSError as error:
+    raise RecordError(f"{path}: cannot be read ({reason(error)})") from None
+  if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+    raise RecordError(f"{path}: not an index of this shard: its checksum does not match; copy it beside the shard or "
+                      "run the export again")
+  try:
+    table = np.load(io.BytesIO(data), allow_pickle=False)
+  except Exception as error:  # a damaged header is parsed as Python, as a zip file or as a pickle
+    raise RecordError(f"{path}: not an index ({reason(error)}); run the export again") from error
+  is_table = isinstance(table, np.ndarray) and table.ndim == 2 and table.dtype == np.int64
+  if not is_table or table.shape[1] not in (3, 4) or (table < 0).any():
     raise RecordError(f"{path}: not an index of records; run the export again")
   if table.shape[1] == 3:  # schema 1, where a record had one picture
     table = np.concatenate([table, np.ones((len(table), 1), np.int64)], axis=1)
@@ -162,3 +188,5 @@ def size_of(shard: epath.Path) -> int:
     return shard.stat().length
   except FileNotFoundError:
     raise RecordError(f"{shard}: the shard is missing; copy it or run the export again") from None
+  except OSError as error:
+    raise RecordError(f"{shard}: cannot be read ({reason(error)})") from None

@@ -4,6 +4,7 @@ A shard is a sequence of frames: u64 payload length, masked CRC-32C of those 8 b
 payload, all little-endian.
 """
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -13,7 +14,7 @@ import google_crc32c
 import numpy as np
 from etils import epath
 
-from refiner_export.common.files import is_local
+from refiner_export.common.files import is_local, writing
 from refiner_export.common.unfinished import unfinished_path
 from refiner_export.records.record import RecordError
 from refiner_export.records.shard_files import IndexedShard, ShardInfo, ShardItem, ShardTally, index_path, size_of
@@ -27,23 +28,31 @@ def write_shard(path: epath.PathLike, items: Iterable[ShardItem]) -> ShardInfo:
   """Writes a shard and its index.
 
   Both files get their names only when complete, the index first: a shard that can be seen is whole and has its index.
+  Raises `UserError` when a file cannot be written.
   """
   path = epath.Path(path)
   digest, offset, tally = hashlib.sha256(), 0, ShardTally()
   unfinished = unfinished_path(path)
   try:
-    with unfinished.open("wb") as file:
+    with writing(path):
+      file = unfinished.open("wb")
+    try:
       for item in items:
         length = _LENGTH.pack(len(item.payload))
         for part in (length, _masked_crc(length), item.payload, _masked_crc(item.payload)):
-          file.write(part)
+          with writing(path):
+            file.write(part)
           digest.update(part)
         tally.add(item, offset)
         offset += len(item.payload) + _OVERHEAD
+    finally:
+      with writing(path):  # closing writes what is left
+        file.close()
+    return tally.publish(unfinished, path, offset, digest.hexdigest())
   except BaseException:
-    unfinished.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      unfinished.unlink(missing_ok=True)
     raise
-  return tally.publish(unfinished, path, offset, digest.hexdigest())
 
 
 class ShardReader(IndexedShard):
@@ -53,8 +62,8 @@ class ShardReader(IndexedShard):
     RecordError: the shard or its index is missing, damaged or cut short, or a checksum does not match.
   """
 
-  def __init__(self, path: epath.PathLike):
-    super().__init__(path)
+  def __init__(self, path: epath.PathLike, index_sha256: str = ""):
+    super().__init__(path, index_sha256)
     ends = np.cumsum(self._index[:, 1] + _OVERHEAD)
     if not np.array_equal(self._index[:, 0], ends - self._index[:, 1] - _OVERHEAD):
       raise RecordError(f"{index_path(self.path)}: not an index of consecutive records; run the export again")
@@ -71,11 +80,11 @@ class ShardReader(IndexedShard):
     frame = self._read_bytes(length + _OVERHEAD, offset)
     header, payload = frame[:_LENGTH.size], frame[_HEADER:-_CHECKSUM.size]
     if len(frame) != length + _OVERHEAD:
-      raise RecordError(f"{self.path}: record {position} is cut short; copy or export the shard again")
+      raise RecordError(f"{self.path}: record {position} is cut short; copy or repair the shard")
     if header != _LENGTH.pack(length) or frame[_LENGTH.size:_HEADER] != _masked_crc(header):
-      raise RecordError(f"{self.path}: record {position} has a bad length checksum; copy or export the shard again")
+      raise RecordError(f"{self.path}: record {position} has a bad length checksum; copy or repair the shard")
     if frame[-_CHECKSUM.size:] != _masked_crc(payload):
-      raise RecordError(f"{self.path}: record {position} has a bad checksum; copy or export the shard again")
+      raise RecordError(f"{self.path}: record {position} has a bad checksum; copy or repair the shard")
     return payload
 
   def __del__(self):

@@ -17,15 +17,14 @@ from PIL import Image
 from refiner_export.common.command import Command, Flag, Positional
 from refiner_export.common.files import hash_file
 from refiner_export.common.progress import Progress
+from refiner_export.common.stores import store_errors
 from refiner_export.records.formats import Shard, open_shard
-from refiner_export.records.manifest import NAME, Manifest
+from refiner_export.records.manifest import ERRORS, NAME, Manifest
 from refiner_export.records.masks import decode_rle
 from refiner_export.records.record import Picture, RecordError, check
 from refiner_export.records.schema import Schema
 from refiner_export.records.schema_1 import Schema1
 from refiner_export.records.shard_files import ShardInfo
-
-ERRORS = "errors.jsonl"
 
 _AREA_TOLERANCE = 1e-4  # of a mask's share of the picture; float32 adds up to 10^8 pixels
 _WINDOW = 64  # records of a shard that are in memory at once, per thread
@@ -56,7 +55,7 @@ def verify(
     for info in manifest.shards:
       path = directory / info.file
       try:
-        shard = open_shard(path)
+        shard = open_shard(path, info.index_sha256)
       except RecordError as error:
         yield str(error)
         advance(info.records)
@@ -98,6 +97,9 @@ def _read(shard: Shard, schema: Schema | Schema1, manifest: Manifest, position: 
     # The line that is printed already says where the record lies.
     return None, [str(error).removeprefix(f"{shard.path}: ").removeprefix(f"record {position} ")]
   problems = []
+  for number, caption in enumerate(record.captions):
+    if not caption.strip():
+      problems.append(f"captions[{number}] is empty")
   for number, picture in enumerate(record.pictures):
     for problem in _picture_problems(picture, manifest):
       problems.append(f"picture {number}: {problem}")
@@ -118,6 +120,9 @@ def _picture_problems(picture: Picture, manifest: Manifest) -> Iterator[str]:
 
 
 def _boxes(picture: Picture) -> Iterator[str]:
+  for k, tag in enumerate(picture.tags):
+    if not tag.strip():
+      yield f"tags[{k}] is empty"
   for name in "boxes", "text_boxes":
     boxes = getattr(picture, name)
     for k in np.flatnonzero(((boxes < 0) | (boxes > 1)).any(axis=1)):
@@ -156,8 +161,12 @@ def _totals(directory: epath.Path, manifest: Manifest) -> Iterator[str]:
     stated, total = getattr(manifest, name), sum([getattr(shard, name) for shard in manifest.shards])
     if total != stated:
       yield f"{directory}: the manifest says {stated} {name}, and {total} shard by shard"
+  yield from manifest.check_files(directory)
   errors = directory / ERRORS
-  skipped = len(errors.read_text().splitlines()) if errors.exists() else 0
+  try:
+    skipped = errors.read_bytes().count(b"\n")
+  except OSError:  # an older directory has no such file; `check_files` knows whether this one should
+    skipped = 0
   if skipped != manifest.skipped:
     yield f"{errors}: {skipped} skipped examples, the manifest says {manifest.skipped}"
   known = {shard.file for shard in manifest.shards}
@@ -168,8 +177,9 @@ def _totals(directory: epath.Path, manifest: Manifest) -> Iterator[str]:
 
 def main(directory: str, threads: int) -> int:
   """Verifies a directory and prints what is wrong. Returns the exit code, 0 or 1. Raises `UserError`."""
-  manifest, count = Manifest.load(directory), 0
-  with Progress(manifest.records, unit="record") as progress:
+  with store_errors(directory):
+    manifest, count = Manifest.load(directory), 0
+  with store_errors(directory), Progress(manifest.records, unit="record") as progress:
     for problem in verify(directory, threads, progress.add):
       count += 1
       progress.write(problem)

@@ -2,11 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from refiner_export.common.settings import Settings, require
-from refiner_export.sources.base import SourceExample
+from refiner_export.sources.base import SourceExample, current_version
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,10 +19,13 @@ class Unit:
       shard, whatever its size.
     version: a text that changes when the unit is edited and that is known without reading the unit: the size of a
       large file in bytes, or the hash of a small file. An export that was begun refuses to go on with another version.
+    parts: name and version of what the unit is made of, such as (("captions", "1f0c..."),), so that an edited part can
+      be named.
   """
   name: str
   count: int | None = None
   version: str = ""
+  parts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -72,6 +75,18 @@ class SourceSettings(Settings):
     if stop is not None and stop == unit.count:
       require(next(examples, None) is None,
               f"source: unit {unit.name} holds more than its count of {stop} examples: mend the source's method shards")
+
+  def unmatched(self, unit: Unit) -> Mapping[str, int]:
+    """How many annotations of a unit belong to no example, by reason; `SourceExample.dropped` has all others."""
+    return {}
+
+  def picture_versions(self, unit: Unit, start: int, stop: int | None) -> Iterator[tuple[str, Sequence[str]]]:
+    """The id and the versions of the pictures of each example of a slice; "" for a picture that is not there now.
+
+    A source that can say this without reading texts overrides the method.
+    """
+    for example in self.read_slice(unit, start, stop):
+      yield example.id, [current_version(picture) for picture in example.pictures]
 
   def examples(self) -> Iterator[SourceExample]:
     """All examples, unit after unit."""

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from refiner_export.export import fetching
 from refiner_export.export.config import ExportConfig
 from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.export.run import export
@@ -15,6 +16,12 @@ from refiner_export.sources.coco import Coco
 
 WIDTH, HEIGHT = 80, 60
 UNREADABLE = 4  # the id of the picture that is no picture
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+  """Nobody waits between two tries to read a picture."""
+  monkeypatch.setattr(fetching, "FIRST_PAUSE", 0.001)
 
 
 def write_coco(folder: pathlib.Path) -> Coco:

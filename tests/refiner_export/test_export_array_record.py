@@ -84,14 +84,14 @@ def test_a_damaged_byte_is_noticed_where_it_matters(shard):
       except RecordError as error:
         noticed += 1
         assert str(error).startswith(f"{shard}: record {record} is damaged (Corrupted Riegeli")
-        assert str(error).endswith("copy or export the shard again") and "\n" not in str(error)
+        assert str(error).endswith("copy or repair the shard") and "\n" not in str(error)
   assert noticed >= 70_000 // 997  # all that carries records
 
 
 @pytest.mark.parametrize("left", [0, 1000, 65536, -1])
 def test_truncated_shard(shard, left):
   shard.write_bytes(shard.read_bytes()[:left])
-  with pytest.raises(RecordError, match=rf"^{shard}: not a whole ArrayRecord file \([^\n]*\); copy or export [^\n]*$"):
+  with pytest.raises(RecordError, match=rf"^{shard}: not a whole ArrayRecord file \([^\n]*\); copy or repair [^\n]*$"):
     ArrayRecordReader(shard)
 
 
@@ -151,7 +151,7 @@ def converted(finished, tmp_path_factory):
       write_any(directory / shard_name(k, 2, "array_record"),
                 [schema.item(source[i]) for i in cut])
       for k, cut in enumerate(cuts))
-  manifest = dataclasses.replace(manifest, shards=shards, format="array_record")
+  manifest = dataclasses.replace(manifest, shards=shards, format="array_record", files={})
   write_tfds_metadata(directory, manifest)
   manifest.save(directory)
   return directory

@@ -39,7 +39,7 @@ def page_of(record, finished, directory) -> str:
   schema = Schema(manifest.feature_dtype, manifest.fingerprint, OPTIONAL_FIELDS)
   shard = write_shard(directory / shard_name(0, 1), [schema.item(record)])
   dataclasses.replace(manifest, shards=(shard,), records=1, pictures=shard.pictures,
-                      optional_fields=OPTIONAL_FIELDS).save(directory)
+                      optional_fields=OPTIONAL_FIELDS, files={}).save(directory)
   return render(RecordDirectory(directory), limit=1)
 
 
@@ -119,3 +119,29 @@ def test_a_record_of_text_alone(finished, tmp_path):
   record = dataclasses.replace(RecordDirectory(finished)[0], pictures=(), conversations=())
   text = page_of(record, finished, tmp_path)
   assert "<img" not in text and "text alone" in text and "caption a of 1" in text
+
+
+def test_what_search_and_filters_look_at(finished):
+  text = render(RecordDirectory(finished), limit=4)
+  assert re.findall(r'<option value="([^"]*)">', text) == ["", "cat", "dog", "", "not a picture"]
+  cards = re.findall(r'<article( hidden)? data-tags="([^"]*)"(?: data-reason="([^"]*)")? data-text="([^"]*)"', text)
+  assert [tags for hidden, tags, _, _ in cards if not hidden] == ["cat\ndog", "cat", "dog", ""]
+  assert cards[0][3].startswith("1 caption a of 1 caption b of 1 cat dog dog ")
+  assert cards[-1] == (" hidden", "", "not a picture", "4 not a picture")
+
+
+def test_a_random_sample(finished):
+  directory = RecordDirectory(finished)
+  pages = {seed: re.findall("<b>([^<]*)</b>, 80x60", render(directory, 2, seed)) for seed in range(1, 20)}
+  assert all(len(ids) == 2 and ids == sorted(ids) for ids in pages.values())
+  assert {id for ids in pages.values() for id in ids} == {"1", "2", "3", "5"}
+  assert "Shown: 2, drawn at random, of 4 records." in render(directory, 2, 1)
+
+
+def test_the_list_of_names_points_at_the_boxes(text):
+  names = re.findall(r'<span data-object="(\d)" style="border-color:(#\w*)"[^>]*>([^<]*)<', text)
+  assert names == [("0", page.object_colour(0), "cat 0.90"), ("1", page.object_colour(1), "dog 0.62"),
+                   ("2", page.object_colour(2), "dog 0.25")]
+  for number, colour, label in names:
+    assert f'stroke="{colour}" data-object="{number}"/>' in text
+    assert re.search(f'<span data-object="{number}" class="label[^>]*background:{colour}">{label}<', text)

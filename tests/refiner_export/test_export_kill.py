@@ -66,7 +66,7 @@ def test_at_random_moments(tmp_path):
   expected = contents(tmp_path / "out" / "reference")
   exports = [path for path in (tmp_path / "out").iterdir() if path.name != "reference"]
   assert exports and all(contents(path) == expected for path in exports)
-  assert len(expected) == 2 * 60 + 5 and expected["errors.jsonl"].count(b"\n") == 9
+  assert len(expected) == 2 * 60 + 6 and expected["errors.jsonl"].count(b"\n") == 9
 
 
 def test_before_each_operation_on_a_file(tmp_path):

@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 from skimage import data
+from skimage.color import rgb2lab
+from skimage.feature import hog
 
 from refiner_export.common.images import open_upright, to_jpeg
-from refiner_export.refiners.classical import descriptor
+from refiner_export.refiners.classical import descriptor, gradients
 from refiner_export.refiners.base import UprightPicture
+from refiner_export.refiners.classical.blur import blur
 from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.sources.base import SourceObject
 
@@ -97,3 +100,55 @@ def test_what_lies_outside_the_mask_does_not_count(photo):
   masked, plain = features(lambda: left), features(None)
   np.testing.assert_allclose(masked[0], masked[1], atol=1e-3)
   assert np.abs(plain[0] - plain[1]).mean() > 0.1
+
+
+def described_one_by_one(patches):
+  """What `descriptor.describe` promises, by skimage's functions on one patch at a time."""
+  lab = rgb2lab(np.asarray(patches, np.float32) / 255)
+  histograms = []
+  for lightness in lab[..., 0] * np.float64(1e-5 / (16 * 1.5)):
+    histograms.append(hog(lightness, orientations=12, pixels_per_cell=(8, 8), cells_per_block=(4, 4),
+                          block_norm="L1-sqrt"))
+  cells = lab.reshape(len(patches), 4, 8, 4, 8, 3)
+  colour = (cells.mean(axis=(2, 4)) - np.float32([50, 0, 0])) / np.float32([25, 20, 20])
+  contrast = cells[..., 0].std(axis=(2, 4)) / np.float32(10)
+  gradients = np.stack(histograms) * np.sqrt(192)
+  parts = [gradients, colour.reshape(len(patches), -1), contrast.reshape(len(patches), -1)]
+  return np.concatenate(parts, axis=1, dtype=np.float32, casting="same_kind")
+
+
+@pytest.mark.parametrize("kind", ["photo", "noise", "almost flat", "two values", "flat", "edges"])
+def test_all_patches_at_once_have_the_values_of_one_at_a_time(photo, kind):
+  """The same in every bit, more patches than are described at one time."""
+  generator = np.random.default_rng(0)
+  patches = {
+      "photo": descriptor.cut_grid(descriptor.make_canvas(photo, 14)),
+      "noise": generator.integers(0, 256, (150, 32, 32, 3), np.uint8),
+      "almost flat": generator.integers(100, 103, (150, 32, 32, 3), np.uint8),
+      "two values": generator.integers(0, 2, (150, 32, 32, 3), np.uint8) * np.uint8(255),
+      "flat": np.full((3, 32, 32, 3), 17, np.uint8),
+      "edges": np.repeat(np.tri(32, dtype=np.uint8)[None, ..., None], 3, axis=-1) * np.uint8(255)}[kind]
+  np.testing.assert_array_equal(descriptor.describe(patches), described_one_by_one(patches))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_blur_is_that_of_pillow(seed):
+  generator = np.random.default_rng(seed)
+  low = int(generator.integers(0, 255))
+  height, width, high = (*generator.integers(1, 150, 2), generator.integers(low + 1, 257))
+  image = Image.fromarray(generator.integers(low, high, (height, width, 3)).astype(np.uint8))
+  if seed % 2:  # the sums of a smooth picture often end with a half
+    image = image.resize((150, 130), Image.Resampling.BILINEAR)
+  np.testing.assert_array_equal(blur(np.asarray(image)), np.asarray(image.filter(ImageFilter.GaussianBlur(2))))
+
+
+def test_a_sum_near_the_border_is_added_up_exactly(photo, monkeypatch):
+  """Where the last bit of a magnitude may count, `hypot` decides; here it is asked for every patch."""
+  patches = descriptor.cut_grid(descriptor.make_canvas(photo, 4))
+  expected = descriptor.describe(patches)
+  monkeypatch.setattr(gradients, "_is_near_border", lambda sums: True)
+  np.testing.assert_array_equal(descriptor.describe(patches), expected)
+  half = np.array([1 + 2**-24])  # between two numbers of 24 bits
+  monkeypatch.undo()
+  assert gradients._is_near_border(half) and gradients._is_near_border(np.nextafter(half, 2))
+  assert not gradients._is_near_border(np.array([1.0])) and not gradients._is_near_border(half + 2**-40)

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import fsspec
 import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
@@ -30,6 +31,7 @@ def bucket(monkeypatch):
   """What gs:// leads to for the time of a test."""
   found = Bucket()
   monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: found)
+  monkeypatch.setattr(fsspec, "get_filesystem_class", lambda scheme: Bucket)
   return found
 
 
@@ -54,3 +56,26 @@ def test_going_on_and_mending(bucket, coco, make, capsys):
   assert contents(bucket) == expected and not any(name.startswith(".") for name in expected)
   with pytest.raises(UserError, match="^gs://bucket/records was begun with another config.limit, config.source: "):
     export(make(coco, OUTPUT, limit=1))
+
+
+def test_growing(bucket, coco, finished, make):
+  export(make(coco, OUTPUT, limit=2))
+  export(make(coco, OUTPUT, limit=5))
+  export(make(coco, "gs://bucket/once", limit=5))
+  once = {name.rpartition("/")[2]: bucket.cat_file(name) for name in bucket.find("/bucket/once")}
+  assert contents(bucket) == once
+
+
+@pytest.mark.parametrize("path, remedy", [
+    ("gs://bucket/x", "the package that opens gs:// is missing: pip install gcsfs"),
+    ("s3://bucket/x", "the package that opens s3:// is missing: pip install s3fs"),
+    ("nothing://bucket/x", "nothing:// is unknown: name a folder, gs:// or s3://")])
+def test_a_store_that_cannot_be_opened(coco, make, monkeypatch, path, remedy):
+  def is_missing(scheme):
+    raise ImportError("install something")
+
+  monkeypatch.setattr(fsspec, "get_filesystem_class", is_missing)
+  for attempt in make, RecordDirectory:
+    with pytest.raises(UserError) as error:
+      attempt(*((coco, path) if attempt is make else (path,)))
+    assert str(error.value) == f"{path}: {remedy}"

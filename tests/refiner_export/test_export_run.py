@@ -15,13 +15,15 @@ from refiner_export.common.images import UnreadableImage
 from refiner_export.common.settings import UserError
 from refiner_export.export import pipeline
 from refiner_export.export import run
-from refiner_export.export.config import ImageSettings, refiner_from_manifest
+from refiner_export.export.config import ImageSettings, ReadingSettings, RunnerSettings, refiner_from_manifest
 from refiner_export.records.manifest import Manifest
 from refiner_export.records.reader import RecordDirectory
 from refiner_export.records.record import RecordError
 from refiner_export.records.tfrecord import index_path
 from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.sources.base import SourceExample, SourceObject, SourcePicture
+
+ANY_UNREAD = RunnerSettings(reading=ReadingSettings(unread=1.0))  # an export goes on without pictures that are missing
 
 
 def contents(directory):
@@ -57,7 +59,8 @@ def test_an_unreadable_picture_is_named_and_counted(finished):
 def test_a_missing_picture_is_skipped(coco, tmp_path, make):
   images = shutil.copytree(coco.images, tmp_path / "images")
   (images / "2.jpg").unlink()
-  manifest = run.export(make(dataclasses.replace(coco, images=str(images)), tmp_path / "out", limit=2))
+  config = make(dataclasses.replace(coco, images=str(images)), tmp_path / "out", limit=2, runner=ANY_UNREAD)
+  manifest = run.export(config)
   assert (manifest.records, manifest.skipped) == (1, 1)
   assert "cannot be read: No such file or directory: " in (tmp_path / "out" / "errors.jsonl").read_text()
 
@@ -65,7 +68,8 @@ def test_a_missing_picture_is_skipped(coco, tmp_path, make):
 def test_nothing_readable_is_an_error(coco, tmp_path, make):
   (tmp_path / "empty").mkdir()
   with pytest.raises(UserError, match="^no picture could be read; the first: .*No such file"):
-    run.export(make(dataclasses.replace(coco, images=str(tmp_path / "empty")), tmp_path / "out"))
+    run.export(make(dataclasses.replace(coco, images=str(tmp_path / "empty")), tmp_path / "out",
+                    runner=ANY_UNREAD))
 
 
 def test_tfds_reads_the_directory(finished):
@@ -142,11 +146,19 @@ def test_missing_manifest(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (lambda fields: fields | {"schema_version": 99}, "schema version 99, this program reads 1 to 2: "),
-    (lambda fields: {}, "not a manifest ('schema_version'): export again"),
-    (lambda fields: fields | {"surprise": 1}, "not a manifest (")])
+    (lambda fields: {}, "not a manifest ('schema_version' is missing): run python -m refiner_export repair "),
+    (lambda fields: fields | {"surprise": 1}, "not a manifest ('surprise' is unknown to this program)"),
+    (lambda fields: fields | {"shards": 5}, "not a manifest ("),
+    (lambda fields: fields | {"shards": [5]}, "not a manifest (expected a JSON object, got int)"),
+    (lambda fields: fields | {"records": "4"}, "not a manifest ('records' is '4', expected int)"),
+    (lambda fields: fields | {"refiner": {}}, "not a manifest ('refiner' has no name)"),
+    (lambda fields: fields | {"feature_dtype": "float8"}, "not a manifest (features.dtype: expected one of "),
+    (lambda fields: [fields], "not a manifest (expected a JSON object, got list)")])
 def test_bad_manifest(copy, change, message):
   path = copy / "manifest.json"
-  path.write_text(json.dumps(change(json.loads(path.read_text()))))
+  fields = json.loads(path.read_text())
+  del fields["checksum"]
+  path.write_text(json.dumps(change(fields)))
   with pytest.raises(UserError) as error:
     RecordDirectory(copy)
   assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)
@@ -161,8 +173,7 @@ def test_fingerprint_mismatch(finished):
 
 
 def test_a_record_of_another_refiner_is_named_by_shard_and_position(copy):
-  path = copy / "manifest.json"
-  path.write_text(path.read_text().replace(Manifest.load(copy).fingerprint, "abc"))
+  dataclasses.replace(Manifest.load(copy), fingerprint="abc").save(copy)
   with pytest.raises(RecordError, match="00001-of-00003: record 0: record was made by .*, its manifest says abc"):
     RecordDirectory(copy)[2]
 

@@ -56,7 +56,8 @@ def test_coco_errors_are_one_line(coco, tmp_path):
   assert line(Coco(coco.images, "/no.json", coco.instances)).startswith("source.captions not found: /no.json.")
   (tmp_path / "bad.json").write_text("{")
   assert line(Coco(coco.images, str(tmp_path / "bad.json"), coco.instances)).startswith("source.captions: ")
-  assert "bad or missing entry 'categories'" in line(Coco(coco.images, coco.captions, coco.captions))
+  assert "annotations[0] (id 0): bad or missing entry 'category_id'" in line(
+      Coco(coco.images, coco.captions, coco.captions))
   instances = tmp_path / "instances.json"
   with open(coco.instances) as file:
     instances.write_text(file.read().replace('"bbox"', '"box"'))

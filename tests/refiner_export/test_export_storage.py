@@ -110,14 +110,13 @@ class MaskingRefiner(ClassicalRefiner):
 
   @property
   def segmenter(self):
-    return HalfMasker(self.grid, self.count)
+    return HalfMasker(self.count)
 
 
 class HalfMasker(MaskDescriber):
   store_masks = True
 
-  def __init__(self, grid, count):
-    super().__init__(grid)
+  def __init__(self, count):
     self.count = count
 
   def segment(self, pictures, detections):

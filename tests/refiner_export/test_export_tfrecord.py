@@ -103,7 +103,7 @@ def test_every_single_damaged_byte_is_noticed(shard):
   data = shard.read_bytes()
   for position in range(len(data)):
     shard.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1:])
-    with pytest.raises(RecordError, match=rf"^{shard}: record \d has a bad (length )?checksum; copy or export [^\n]*$"):
+    with pytest.raises(RecordError, match=rf"^{shard}: record \d has a bad (length )?checksum; copy or repair [^\n]*$"):
       read_all(shard)
 
 

@@ -178,7 +178,7 @@ def test_masks(tmp_path, finished, format):
   schema = Schema(original.feature_dtype, original.fingerprint, OPTIONAL_FIELDS)
   shard = write_shard(tmp_path / shard_name(0, 1, format), [schema.item(r) for r in (with_masks, damaged)])
   dataclasses.replace(original, shards=(shard,), records=2, conversations=shard.conversations, pictures=2, skipped=0,
-                      format=format, optional_fields=OPTIONAL_FIELDS).save(tmp_path)
+                      format=format, optional_fields=OPTIONAL_FIELDS, files={}).save(tmp_path)
   assert problems(tmp_path) == [f"{shard.file}: record 1: picture 0: {problem}" for problem in (
       f"mask_rles[0] covers {masks[1].mean():.4f} of the picture, mask_areas say {masks[0].mean():.4f}",
       "mask_rles[1]: not a mask of 60 rows and 80 columns", "mask_rles[2]: not a mask of 60 rows and 80 columns")]

@@ -49,7 +49,7 @@ class ClassicalRefiner(RefinerSettings):
 
   @property
   def segmenter(self) -> "MaskDescriber":
-    return MaskDescriber(self.grid)
+    return MaskDescriber()
 
 
 class AnnotationTagger:
@@ -61,6 +61,12 @@ class AnnotationTagger:
       names = tuple(dict.fromkeys(annotation.tag for annotation in picture.objects))
       tags.append(Tags(names, np.ones(len(names), np.float32)))
     return tags
+
+
+@dataclasses.dataclass(frozen=True)
+class GridDetections(Detections):
+  """What `GridDetector` finds. `regions` are the patches of the objects, so that nobody has to cut them again."""
+  regions: tuple[np.ndarray, ...]
 
 
 class GridDetector:
@@ -89,12 +95,14 @@ class GridDetector:
     row_boxes = box_math.to_cxcywh(boxes)
     free = self._free_cells(row_boxes[:, :2])
     canvas = descriptor.make_canvas(picture.image, self.grid)
-    patches = []
+    regions = []
     for box in boxes:
-      patches.append(descriptor.cut_region(canvas, box))
-    patches.extend(descriptor.cut_grid(canvas)[free])
+      regions.append(descriptor.cut_region(canvas, box))
+    cells = descriptor.cut_grid(canvas)[free]
+    patches = np.concatenate([regions, cells]) if regions else cells
     tags = tuple(found.tag for found in objects)
-    return Detections(
+    return GridDetections(
+        regions=tuple(regions),
         tags=tags, boxes=boxes, scores=np.array([score_of[tag] for tag in tags], np.float32),
         row_features=descriptor.describe(patches),
         row_boxes=np.concatenate([row_boxes, self._cells[free]]).astype(np.float32))
@@ -121,21 +129,17 @@ class MaskDescriber:
   The detections must come from `GridDetector`, which keeps the order of the annotations.
   """
 
-  def __init__(self, grid: int):
-    self.grid = grid
-
-  def segment(self, pictures: Sequence[UprightPicture], detections: Sequence[Detections]) -> list[Segments]:
+  def segment(self, pictures: Sequence[UprightPicture], detections: Sequence[GridDetections]) -> list[Segments]:
     segments = []
     for picture, found in zip(pictures, detections):
       segments.append(self._segment(picture, found))
     return segments
 
-  def _segment(self, picture: UprightPicture, found: Detections) -> Segments:
-    canvas = descriptor.make_canvas(picture.image, self.grid)
+  def _segment(self, picture: UprightPicture, found: GridDetections) -> Segments:
     objects = annotated(picture, dict(zip(found.tags, found.scores)))
     regions = []
-    for box, annotation in zip(found.boxes, objects):
-      regions.append(_masked_region(canvas, box, annotation.mask))
+    for box, region, annotation in zip(found.boxes, found.regions, objects):
+      regions.append(_masked_region(region, box, annotation.mask))
     areas = box_math.area(found.boxes)  # areas of boxes, because some objects have no mask
     return Segments(descriptor.describe(regions), np.ones(len(regions), np.float32), areas, ())
 
@@ -146,13 +150,12 @@ def annotated(picture: UprightPicture, score_of: Mapping[str, float]) -> list[So
   return sorted(scored, key=lambda found: -score_of[found.tag])
 
 
-def _masked_region(canvas: Image.Image, box: np.ndarray, mask: Callable[[], np.ndarray] | None) -> np.ndarray:
-  """The region of a box, with the mean colour of the mask in all pixels outside the mask.
+def _masked_region(patch: np.ndarray, box: np.ndarray, mask: Callable[[], np.ndarray] | None) -> np.ndarray:
+  """The region `patch` of a box, with the mean colour of the mask in all pixels outside the mask.
 
   Returns:
     uint8 (PATCH, PATCH, 3). The plain region when there is no mask, or when the mask is thinner than a pixel.
   """
-  patch = descriptor.cut_region(canvas, box)
   if mask is None:
     return patch
   inside = descriptor.cut_region(Image.fromarray(mask()).convert("L"), box) >= 128
