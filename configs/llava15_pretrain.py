@@ -1,13 +1,12 @@
-"""LLaVA-1.5, first stage (Liu et al. 2023): only the MLP between image encoder and language model is trained,
-on captions.
+"""LLaVA-1.5, first stage (Liu et al. 2023): captions train only the MLP between image encoder and language model.
 
 The start has the weights of CLIP ViT-L/14 at 336 pixels and of Vicuna-7B v1.5:
 
-  python -m lyrics_jax.convert from-hf --config configs/llava15_pretrain.py --clip DIR --llama DIR --output
-  runs/llava15_start
+  python -m lyrics_jax.convert from-hf --config configs/llava15_pretrain.py --clip DIR --llama DIR \\
+      --output runs/llava15_start
 
 The published data set has 558,000 pictures with a caption, which are 2,181 steps of 256. For the 13B model
-write `vicuna_13b()` in `model()`. The mesh splits parameters over 8 chips.
+write `vicuna_13b()` in `model()`. The mesh splits parameters over 8 chips, the whole of a v5e:2x4.
 """
 
 import dataclasses
