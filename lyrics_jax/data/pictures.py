@@ -68,19 +68,21 @@ class PictureInputs:
       detection_mask: bool (N,), False for padding and for rows outside of the view.
       masks: float32 (M, W + 4), the segmenter's feature and the object's box, likewise.
       masks_mask: bool (M,).
-    All local tokens are blank when `data.use_refiner` is false (paper table 5).
+    What `data` does not show is blank: black pixels, masked rows (paper table 5).
     """
     arrays = {"picture_mask": np.array(True), "picture_id": _identity(picture)}
     if "image" in self.fields:
-      arrays["image"] = _pixels(picture, view, self.dimensions.image_size)
+      size = self.dimensions.image_size
+      black = np.zeros((size, size, 3), np.uint8)
+      arrays["image"] = _pixels(picture, view, size) if self.data.shows("image") else black
     if "detection" in self.fields:
       boxes, visible = view.boxes_cxcywh(picture.detection_boxes)
       arrays["detection"], arrays["detection_mask"] = self._local_tokens(
-          picture.detection_features, boxes, visible, self.dimensions.detection_rows)
+          picture.detection_features, boxes, visible & self.data.shows("detection"), self.dimensions.detection_rows)
     if "masks" in self.fields:
       boxes, visible = view.boxes_xyxy(picture.boxes)
       arrays["masks"], arrays["masks_mask"] = self._local_tokens(
-          picture.mask_features, to_cxcywh(boxes), visible, self.dimensions.mask_rows)
+          picture.mask_features, to_cxcywh(boxes), visible & self.data.shows("masks"), self.dimensions.mask_rows)
     return {name: value for name, value in arrays.items() if name in self.fields}
 
   def objects(self, picture: Picture, view: View) -> list[tuple[str, np.ndarray]]:
@@ -88,7 +90,7 @@ class PictureInputs:
     objects = []
     boxes, visible = view.boxes_xyxy(picture.boxes)
     for index, tag in enumerate(picture.tags):
-      if visible[index] and self.data.use_refiner:
+      if visible[index] and self.data.shows("spatial"):
         objects.append((tag, boxes[index]))
     return objects
 
@@ -116,7 +118,7 @@ class PictureInputs:
     found = features.shape[1]
     require(found == width, f"features are {found} wide, config.stage.model.connector.local.feature_width={width}: "
                             f"set it to {found}")
-    return pad_rows(np.concatenate([features, boxes], axis=1), visible & self.data.use_refiner, count)
+    return pad_rows(np.concatenate([features, boxes], axis=1), visible, count)
 
 
 def _identity(picture: Picture) -> np.ndarray:

@@ -53,17 +53,16 @@ def refer(things: Sequence[Thing], thing: Thing, without: str = "") -> str | Non
   return None
 
 
-def captions(things: Sequence[Thing], rng: np.random.Generator) -> tuple[str, ...]:
-  """Two sentences about all objects, by colour and shape and with their sizes, and one about two of them if any fits.
+def captions(things: Sequence[Thing]) -> tuple[str, ...]:
+  """Three sentences about all objects: by colour and shape, by size too, and in their order in the picture.
 
-  The first names the objects in a fixed order, so that a mirrored picture does not belie it.
+  The first two name the objects in a fixed order, so that a mirrored picture does not belie them.
   """
-  said = [f"{_listed(things, ('colour',))}.", f"a picture of {_listed(things, ('size', 'colour'))}."]
-  related = _related(things, rng)
-  if related is not None:
-    first, relation, second = related
-    said.append(f"the {first} is {relation} the {second}.")
-  return tuple(said)
+  in_order = []
+  for thing in sorted(things, key=_across):
+    in_order.append(_with_article(name(thing, ("colour",))))
+  return (f"{_listed(things, ('colour',))}.", f"a picture of {_listed(things, ('size', 'colour'))}.",
+          f"from left to right: {_joined(in_order)}.")
 
 
 def conversations(things: Sequence[Thing], objects: Sequence[SourceObject], boxes: TextBoxes,
@@ -94,9 +93,20 @@ def _listed(things: Sequence[Thing], adjectives: Sequence[str]) -> str:
     names[name(thing, adjectives)] += 1
   parts = []
   for words, count in names.items():
-    article = "an" if words[0] in "aeiou" else "a"
-    parts.append(f"{article} {words}" if count == 1 else f"{_NUMBERS[count]} {_plural(words)}")
-  return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    parts.append(_with_article(words) if count == 1 else f"{_NUMBERS[count]} {_plural(words)}")
+  return _joined(parts)
+
+
+def _joined(parts: Sequence[str]) -> str:
+  return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
+
+
+def _with_article(words: str) -> str:
+  return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def _across(thing: Thing) -> float:
+  return thing.x
 
 
 def _order(thing: Thing) -> tuple:
@@ -175,8 +185,7 @@ def _presence(things: Sequence[Thing], rng: np.random.Generator, new: bool) -> l
   drawn = near if near and rng.random() < 0.5 else absent
   for pairs, answer in (sorted(present), "yes"), (drawn, "no"):
     colour, shape = pairs[rng.integers(len(pairs))]
-    article = "an" if colour[0] in "aeiou" else "a"
-    asked.append(ask("vqa", f"Is there {article} {colour} {shape}?", answer))
+    asked.append(ask("vqa", f"Is there {_with_article(f'{colour} {shape}')}?", answer))
   return asked
 
 

@@ -85,10 +85,9 @@ class Scenes(SourceSettings):
     for thing, mask in zip(things, visible_masks(things, self.size)):
       objects.append(SourceObject(thing.shape, bounds(mask), functools.partial(np.copy, mask)))
     boxes = TextBoxes()
-    said = captions(things, text_rng)
     asked = conversations(things, objects, boxes, text_rng, new)
     picture = SourcePicture(functools.partial(self._paint, things, paint_seed), tuple(objects), boxes.collected())
-    return SourceExample(f"{self.split}-{self.seed}-{number}", (picture,), said, tuple(asked))
+    return SourceExample(f"{self.split}-{self.seed}-{number}", (picture,), captions(things), tuple(asked))
 
   def _streams(self, number: int) -> tuple[np.random.Generator, np.random.Generator, np.random.SeedSequence]:
     """Random numbers of the layout, of the texts and of the painting; no other scene or split has the same."""
