@@ -19,7 +19,8 @@ from refiner_export.records.record import Picture
 if TYPE_CHECKING:
   from lyrics_jax.data.settings import DataSettings
 
-VISUAL = ("image", "picture_mask", "picture_id", "detection", "detection_mask", "masks", "masks_mask")  # fields that `arrays` makes
+# The fields that `PictureInputs.arrays` makes.
+VISUAL = ("image", "picture_mask", "picture_id", "detection", "detection_mask", "masks", "masks_mask")
 
 _VIEW_TRIES = 10  # to find a view that keeps every box that must stay visible
 

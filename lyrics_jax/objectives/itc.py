@@ -16,8 +16,10 @@ class ITC(Objective):
   """L_itc = 1/2 (CE(s(I, T), y) + CE(s(T, I), y)), y the diagonal, over the global batch.
 
   s is `Aligner.similarity`. A picture that stands in several rows is no negative of itself: all its texts are right for
-  it, and y shares the probability among them, as BLIP does. Under `jit` the similarity matrix is of the whole global batch on any mesh; only the texts'
-  [B, W] features travel between devices.
+  it, and y shares the probability among them, as BLIP does.
+
+  Under `jit` the similarity matrix is of the whole global batch on any mesh. Only the texts' [B, W] features travel
+  between devices.
   """
   name = "itc"
   model = AlignerSettings

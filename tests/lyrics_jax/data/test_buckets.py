@@ -129,7 +129,8 @@ def test_a_window_holds_the_same_examples_sorted(make_run, records):
   assert longest != sorted(longest)  # short texts do not always come first
 
 
-@pytest.mark.parametrize("batches, window", [(0, 1), (1, 1), (3, 3), (8, 8), (9, 8), (10, 5), (16, 8), (21, 7), (33, 8)])
+@pytest.mark.parametrize("batches, window", [
+    (0, 1), (1, 1), (3, 3), (8, 8), (9, 8), (10, 5), (16, 8), (21, 7), (33, 8)])
 def test_a_window_leaves_out_few_batches(batches, window):
   assert buckets.window_of(batches) == window
 
