@@ -28,6 +28,7 @@ TRAIN = [
     "jax>=0.10,<0.11.1",  # flax 0.12.8 breaks on jax 0.11.1; Python 3.11 gets at most 0.10.2
     "optax>=0.2.8,<0.3",  # before 1.0 the form of optimizer states may change
     "orbax-checkpoint>=0.12.8,<0.13",  # before 1.0 checkpoint arguments may change
+    "scipy",
     "tensorboard",
     "tensorboardX",
     "tensorstore",

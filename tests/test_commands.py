@@ -292,6 +292,7 @@ COMMANDS = {  # what follows `python -m` -> a line of its help, and what is said
     "lyrics_jax.evaluate": ("--records DIR", "--checkpoint is required: output directory of a run"),
     "lyrics_jax.retrieve": ("--rerank N", "--checkpoint is required: output directory of a run"),
     "lyrics_jax.attention": ("--output FILE.png", "--checkpoint is required: output directory of a run"),
+    "lyrics_jax.study": ("--preset slice|small|full", "--preset is required: how large"),
     "lyrics_jax.data.train_tokenizers": ("--records DIR", "--records is required: directory of records"),
 }
 SEVERAL = {"refiner_export": ("export", "verify", "repair", "gallery", "beam"),
@@ -301,8 +302,8 @@ SEVERAL = {"refiner_export": ("export", "verify", "repair", "gallery", "beam"),
 def command_of(name: str):
   """The object behind `python -m NAME`."""
   module, _, word = name.partition(" ")
-  if module == "refiner_export":
-    module = "refiner_export.__main__"
+  if module in ("refiner_export", "lyrics_jax.study"):
+    module = f"{module}.__main__"
   loaded = importlib.import_module(module)
   return loaded.COMMANDS.commands[word] if word else loaded.COMMAND
 

@@ -48,11 +48,13 @@ ORDER = [
     ["lyrics_jax/inference"],
     ["lyrics_jax/evaluation"],
     ["lyrics_jax/weights"],
+    ["lyrics_jax/study"],
     ["lyrics_jax/planning"],
     ["lyrics_jax"],  # the commands
 ]
 SHARED = ("refiner_export/common", "refiner_export/records", "refiner_export/pages")
-REFINING = ("lyrics_jax/generate.py", "lyrics_jax/serve.py")  # commands that refine a photo in their own process
+# What refines pictures in its own process: two commands, and the world of the study.
+REFINING = ("lyrics_jax/generate.py", "lyrics_jax/serve.py", "lyrics_jax/study/world.py")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "tensorstore"}
 PYTORCH = {"torch", "torchvision"}
 FORBIDDEN = {  # libraries that a room never imports

@@ -5,6 +5,7 @@ objective name the fields that they read; an objective may add fields of its own
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -104,6 +105,11 @@ def _draw_segments(rng, shape, dimensions, valid):
   return (np.arange(shape[-1]) < rng.integers(shortest, shape[-1] + 1, (*shape[:-1], 1))).astype(np.int32)
 
 
+def _draw_numbers(rng, shape, dimensions, valid):
+  """A different number for each picture."""
+  return rng.permutation(math.prod(shape)).reshape(shape)
+
+
 _PICTURE = ("rows", "pictures")
 _CONVERSATION = ("rows", "conversation")
 
@@ -111,6 +117,8 @@ FIELDS: Fields = {
     # Pictures; a row that has fewer than `pictures` is padded.
     "image": Field((*_PICTURE, "image_size", "image_size", 3), "uint8"),
     "picture_mask": Field(_PICTURE, "bool", mask="picture_mask"),
+    # A hash of the picture's bytes: pictures with the same number are the same picture, in whichever record they stand.
+    "picture_id": Field(_PICTURE, "int32", draw=_draw_numbers),
     # The refiner's local tokens: feature, then box (cxcywh in [0, 1] of the view).
     "detection": Field((*_PICTURE, "detection_rows", "local_width"), "float32", mask="detection_mask"),
     "detection_mask": Field((*_PICTURE, "detection_rows"), "bool", mask="detection_mask"),

@@ -12,7 +12,8 @@ import numpy as np
 
 from lyrics_jax.data.batch import Batch, Fields, text_masks
 
-WINDOW = 8  # batches that are sorted together
+WINDOW = 8  # most batches that are sorted together
+_LEAST_WINDOW = 4  # batches; a shorter window is taken only where an epoch has fewer
 
 Lengths = dict[str, int]  # tokens of each text field, by its name
 
@@ -35,6 +36,18 @@ def lengths_of(fields: Fields, shares: Sequence[float], batch: Mapping[str, np.n
     if field.bucket is not None:
       lengths[name] = math.ceil(needed.get(field.bucket, 1) * batch[name].shape[-1])
   return lengths
+
+
+def window_of(batches: int) -> int:
+  """How many batches are sorted together, when an epoch has so many.
+
+  A window never crosses the end of an epoch: copies of a picture have equally long texts and would meet in a batch. So
+  the batches behind the last whole window of an epoch are left out, and the window is chosen that leaves out fewest.
+  """
+  if batches <= WINDOW:
+    return max(batches, 1)
+  sizes = range(_LEAST_WINDOW, WINDOW + 1)
+  return min(sizes, key=lambda size: (batches % size, -size))
 
 
 def most_shapes(fields: Fields, shares: Sequence[float]) -> int:

@@ -44,11 +44,14 @@ def train_batches(data: DataSettings, examples: Examples, records: Records, batc
           f"config.batch_size={batch_size} is not a multiple of the {process_count} processes")
   items = data.rows.items(records)
   require(len(items) > 0, f"config.data.records={data.records} holds no {data.rows.item}: export some first")
-  made = grain.MapDataset.source(items).seed(seed).shuffle().repeat().random_map(examples)
   of_host = batch_size // process_count
+  epoch = grain.MapDataset.source(items).seed(seed).shuffle()
   if len(data.buckets) == 1:
-    return _batches(data, made, of_host, process_index, process_count)
-  return _batches_by_length(data, examples.fields, made, of_host, seed, process_index, process_count)
+    return _batches(data, epoch.repeat().random_map(examples), of_host, process_index, process_count)
+  window = buckets.window_of(len(items) // batch_size)
+  whole = len(items) // (window * batch_size) * window * batch_size  # the items of the whole windows of an epoch
+  made = epoch[:whole or len(items)].repeat().random_map(examples)
+  return _batches_by_length(data, examples.fields, made, of_host, window, seed, process_index, process_count)
 
 
 def for_hosts(state: dict, before: int, now: int) -> dict:
@@ -83,11 +86,11 @@ def _batches(data: DataSettings, examples: grain.MapDataset, batch_size: int, pr
   return iter(batches.to_iter_dataset(options))
 
 
-def _batches_by_length(data: DataSettings, fields: Fields, examples: grain.MapDataset, batch_size: int, seed: int,
-                       process_index: int, process_count: int) -> grain.DatasetIterator:
+def _batches_by_length(data: DataSettings, fields: Fields, examples: grain.MapDataset, batch_size: int, window: int,
+                       seed: int, process_index: int, process_count: int) -> grain.DatasetIterator:
   options = grain.ReadOptions(num_threads=data.workers, prefetch_buffer_size=2 * batch_size)
   of_host = examples[process_index::process_count].to_iter_dataset(options)
-  windows = of_host.batch(buckets.WINDOW * batch_size, drop_remainder=True, batch_fn=list)
+  windows = of_host.batch(window * batch_size, drop_remainder=True, batch_fn=list)
   batches = windows.random_map(_SortWindow(fields, batch_size), seed=seed)
   return iter(grain.experimental.FlatMapIterDataset(batches, _Unpack()))
 

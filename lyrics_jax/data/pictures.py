@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ from refiner_export.records.record import Picture
 if TYPE_CHECKING:
   from lyrics_jax.data.settings import DataSettings
 
-VISUAL = ("image", "picture_mask", "detection", "detection_mask", "masks", "masks_mask")  # fields that `arrays` makes
+# The fields that `PictureInputs.arrays` makes.
+VISUAL = ("image", "picture_mask", "picture_id", "detection", "detection_mask", "masks", "masks_mask")
 
 _VIEW_TRIES = 10  # to find a view that keeps every box that must stay visible
 
@@ -62,23 +64,26 @@ class PictureInputs:
     Returns, of the fields that the stage reads:
       image: uint8 (S, S, 3).
       picture_mask: bool (), True.
+      picture_id: int32 (), the same for the same picture wherever it stands.
       detection: float32 (N, W + 4), the detector's feature and its box, cxcywh in [0, 1] of the view.
       detection_mask: bool (N,), False for padding and for rows outside of the view.
       masks: float32 (M, W + 4), the segmenter's feature and the object's box, likewise.
       masks_mask: bool (M,).
-    All local tokens are blank when `data.use_refiner` is false (paper table 5).
+    What `data` does not show is blank: black pixels, masked rows (paper table 5).
     """
-    arrays = {"picture_mask": np.array(True)}
+    arrays = {"picture_mask": np.array(True), "picture_id": _identity(picture)}
     if "image" in self.fields:
-      arrays["image"] = _pixels(picture, view, self.dimensions.image_size)
+      size = self.dimensions.image_size
+      black = np.zeros((size, size, 3), np.uint8)
+      arrays["image"] = _pixels(picture, view, size) if self.data.shows("image") else black
     if "detection" in self.fields:
       boxes, visible = view.boxes_cxcywh(picture.detection_boxes)
       arrays["detection"], arrays["detection_mask"] = self._local_tokens(
-          picture.detection_features, boxes, visible, self.dimensions.detection_rows)
+          picture.detection_features, boxes, visible & self.data.shows("detection"), self.dimensions.detection_rows)
     if "masks" in self.fields:
       boxes, visible = view.boxes_xyxy(picture.boxes)
       arrays["masks"], arrays["masks_mask"] = self._local_tokens(
-          picture.mask_features, to_cxcywh(boxes), visible, self.dimensions.mask_rows)
+          picture.mask_features, to_cxcywh(boxes), visible & self.data.shows("masks"), self.dimensions.mask_rows)
     return {name: value for name, value in arrays.items() if name in self.fields}
 
   def objects(self, picture: Picture, view: View) -> list[tuple[str, np.ndarray]]:
@@ -86,7 +91,7 @@ class PictureInputs:
     objects = []
     boxes, visible = view.boxes_xyxy(picture.boxes)
     for index, tag in enumerate(picture.tags):
-      if visible[index] and self.data.use_refiner:
+      if visible[index] and self.data.shows("spatial"):
         objects.append((tag, boxes[index]))
     return objects
 
@@ -114,7 +119,12 @@ class PictureInputs:
     found = features.shape[1]
     require(found == width, f"features are {found} wide, config.stage.model.connector.local.feature_width={width}: "
                             f"set it to {found}")
-    return pad_rows(np.concatenate([features, boxes], axis=1), visible & self.data.use_refiner, count)
+    return pad_rows(np.concatenate([features, boxes], axis=1), visible, count)
+
+
+def _identity(picture: Picture) -> np.ndarray:
+  """int32 (): a hash of the stored bytes."""
+  return np.array(zlib.crc32(picture.image), np.uint32).view(np.int32)
 
 
 def _pixels(picture: Picture, view: View, size: int) -> np.ndarray:

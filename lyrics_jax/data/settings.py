@@ -30,6 +30,8 @@ class DataSettings(Settings):
   crop_scale: tuple[float, float] = (0.5, 1.0)  # share of the area kept by the random resized crop; (1, 1) = no crop
   flip: bool = True
   use_refiner: bool = True  # false: no local tokens and no spatial representation (paper table 5)
+  # What the model does not see (paper table 5): pixels, detector rows, mask rows, the spatial representation.
+  blank: tuple[Literal["image", "detection", "masks", "spatial"], ...] = ()
   workers: int = 2  # reading threads per host
 
   def check(self, path):
@@ -42,6 +44,10 @@ class DataSettings(Settings):
     require(ascending and bool(self.buckets) and self.buckets[0] > 0 and self.buckets[-1] == 1,
             f"{path}.buckets={self.buckets} must be ascending shares in (0, 1] that end with 1.0")
     self.rows.check_data(self, path)
+
+  def shows(self, part: str) -> bool:
+    """Whether the model sees this part of a picture, one of those that `blank` may name."""
+    return part not in self.blank and (self.use_refiner or part == "image")
 
   def require_tokenizers(self, fields: Fields, path: str = "config.data") -> None:
     """Raises `UserError` when a field needs a tokenizer that these settings do not name."""

@@ -38,11 +38,13 @@ Batch = dict[str, Array]
 class AlignerSettings(ModelSettings):
   """Attributes:
     temperature: of the contrastive similarity at the start; it is learnt.
+    temperature_bounds: the temperature stays between them; these are ALBEF's and BLIP's.
     itc_pooling: "mean", a picture is its pooled queries (the paper); "max", its most similar query (BLIP-2).
     itc_width: of the features by which pictures and texts are compared.
   """
   connector: QFormerSettings = dataclasses.field(default_factory=QFormerSettings)
   temperature: float = 0.07
+  temperature_bounds: tuple[float, float] = (0.001, 0.5)
   itc_pooling: Literal["mean", "max"] = "mean"
   itc_width: int = 256
 
@@ -58,7 +60,9 @@ class AlignerSettings(ModelSettings):
     return Aligner(self, compute, int8, rngs=rngs)
 
   def check(self, path: str) -> None:
-    require(self.temperature > 0, f"{path}.temperature={self.temperature} must be positive")
+    low, high = self.temperature_bounds
+    require(0 < low <= self.temperature <= high, f"{path}.temperature={self.temperature} must lie between "
+                                                 f"{path}.temperature_bounds={low, high}, which are positive")
     at_least(self, path, 1, "itc_width")
     former = self.connector.former
     require(former.grounding_queries > 0,
@@ -107,7 +111,8 @@ class Aligner(nnx.Module):
     self.connector = QFormer(settings.connector, settings.vision, compute, rngs=rngs)
     self.itc_image = Linear(2 * width, itc_width, ("embed", None), rngs=rngs)
     self.itc_text = Linear(2 * width, itc_width, ("embed", None), rngs=rngs)
-    self.temperature = parameter(rngs, jax.nn.initializers.constant(settings.temperature), (), ())
+    self.temperature = parameter(rngs, jax.nn.initializers.constant(settings.temperature), (), (),
+                                 bounds=settings.temperature_bounds)
     self.itm = Linear(width, 2, ("embed", None), rngs=rngs)
     self.lm_head = LMHead(settings.connector.former, rngs=rngs)
 

@@ -76,28 +76,45 @@ class VLM(nnx.Module):
 
   def embed(self, batch: Batch, key: Array | None = None) -> Array:
     """The language model's input [B, L, D]: words, and where `slot` >= 0 the soft token of that number."""
-    soft, slot = self.soft_tokens(batch, key), batch["slot"][..., None]
+    return self._embed(batch, self.soft_tokens(batch, key))
+
+  def _embed(self, batch: Batch, soft: Array) -> Array:
+    slot = batch["slot"][..., None]
     words = self.llm.words(batch["ids"]).astype(soft.dtype)
     return jnp.where(slot >= 0, jnp.take_along_axis(soft, jnp.maximum(slot, 0), axis=1), words)
 
   def __call__(self, batch: Batch, key: Array | None = None) -> Array:
     """Hidden states [B, L, D] behind the language model's final norm; `logits` makes words of them."""
-    connector_key, llm_key = (None, None) if key is None else jax.random.split(key)
-    segments = batch["segments"]
-    hidden, _ = self.llm(self.embed(batch, connector_key), segment_positions(segments), segments, key=llm_key)
-    return hidden
+    return self.passes(batch, key).hidden
 
   def logits(self, hidden: Array) -> Array:
     """[..., D] -> float32[..., vocabulary]."""
     return self.llm.logits(hidden)
 
   def passes(self, batch: Batch, key: Array | None = None) -> "ConversationPasses":
-    return ConversationPasses(self, batch, self(batch, key))
+    connector_key, llm_key = (None, None) if key is None else jax.random.split(key)
+    soft, segments = self.soft_tokens(batch, connector_key), batch["segments"]
+    hidden, _ = self.llm(self._embed(batch, soft), segment_positions(segments), segments, key=llm_key)
+    return ConversationPasses(self, batch, hidden, soft)
 
 
 @dataclasses.dataclass
 class ConversationPasses:
-  """What the objectives of a vision-language model share on one batch; `hidden`: [B, L, D]."""
+  """What the objectives of a vision-language model share on one batch.
+
+  `hidden`: [B, L, D], of the language model; `soft`: [B, I * N, D], the soft tokens of all pictures.
+  """
   model: VLM
   batch: Batch
   hidden: Array
+  soft: Array
+
+  def soft_token_spread(self) -> Array:
+    """float32[]: how much soft tokens differ between pictures, over their size; near 0, all pictures look alike.
+
+    It is the root mean square of what remains of a soft token without its mean over the batch's rows, divided by the
+    root mean square of the tokens.
+    """
+    soft = jax.lax.stop_gradient(self.soft).astype(jnp.float32)
+    rest = soft - soft.mean(0)
+    return jnp.sqrt(jnp.square(rest).mean() / jnp.maximum(jnp.square(soft).mean(), 1e-12))

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 
 from lyrics_jax.models.aligner import AlignerSettings, AlignmentPasses
 from lyrics_jax.models.connectors.key_values import Negatives, PictureKeyValues, matching_text
+from lyrics_jax.models.inputs import Text
+from lyrics_jax.models.visibility import S
 from lyrics_jax.objectives.base import Array, Objective, Term, cross_entropy, masked_mean
+from lyrics_jax.objectives.itc import same_picture
 from lyrics_jax.sharding import batch_shards
 
 
@@ -16,15 +19,16 @@ from lyrics_jax.sharding import batch_shards
 class ITM(Objective):
   """L_itm = E[CE(p(V), y) + CE(p(G), y)] / 2, y = 1 for the pair, 0 for its two hard negatives.
 
-  p is one classifier over mean(V), which saw the caption, and over mean(G), which saw the spatial representation. The
-  pictures' cross-attention keys and values are reused, not computed again.
+  p is one classifier over mean(V), which saw the caption, and over mean(G), which saw the spatial representation. Where
+  a text names no object, G saw nothing that could tell a pair, so the mean over G leaves such rows out. The pictures'
+  cross-attention keys and values are reused, not computed again.
 
   Attributes:
     negatives: "global", drawn from the whole batch, or "local", from the pairs of the same device.
   """
   name = "itm"
   model = AlignerSettings
-  reads = ("spatial_ids", "spatial_mask", "caption_ids", "caption_mask")
+  reads = ("picture_id", "spatial_ids", "spatial_mask", "caption_ids", "caption_mask")
   negatives: Literal["global", "local"] = "global"
 
   def __call__(self, passes: AlignmentPasses) -> Term:
@@ -32,16 +36,33 @@ class ITM(Objective):
     # Evaluation draws its negatives from a fixed key, so that two runs agree.
     key = jax.random.key(0) if key is None else key
     blocks = 1 if self.negatives == "global" else batch_shards()
-    pictures, texts, found = hard_negatives(passes.similarity, passes.batch["caption_ids"], key, blocks)
+    barred = same_picture(passes.batch) | _same_caption(passes.batch["caption_ids"])
+    pictures, texts, found = hard_negatives(passes.similarity, barred, key, blocks)
     positive = passes.key_values
     negative = _negative_key_values(passes, Negatives(pictures, blocks))
     triples = matching_text(passes.text, Negatives(texts, blocks))
     logits = passes.model.match(positive.matching(negative), triples, passes.key(self.name))
     targets = jnp.tile(jnp.array([1, 0, 0]), len(found))
     used = jnp.stack([jnp.ones_like(found), found, found], 1).reshape(-1)
-    both = logits.shape[:2]
-    loss = cross_entropy(logits, jnp.broadcast_to(targets, both))
-    return Term(masked_mean(loss, jnp.broadcast_to(used, both)))
+    loss = cross_entropy(logits, jnp.broadcast_to(targets, logits.shape[:2]))
+    return Term(_mean_of_halves(loss, jnp.stack([used, used & _names_object(triples)])))
+
+
+def _same_caption(caption_ids: Array) -> Array:
+  """bool[B, B] from int32[B, Tc]: whether two captions are the same."""
+  return (caption_ids[:, None] == caption_ids[None]).all(-1)
+
+
+def _names_object(text: Text) -> Array:
+  """bool[B]: whether the spatial representation says more than its first token, [BOS]."""
+  spatial = jnp.array(text.segments) == S
+  return (text.valid & spatial).sum(1) > 1
+
+
+def _mean_of_halves(loss: Array, used: Array) -> Array:
+  """The mean over rows of each half, then over the halves that have a row; loss: [2, rows], used: bool[2, rows]."""
+  means = jnp.stack([masked_mean(loss[half], used[half]) for half in range(2)])
+  return masked_mean(means, used.any(1))
 
 
 def _negative_key_values(passes: AlignmentPasses, negatives: Negatives) -> PictureKeyValues:
@@ -57,11 +78,13 @@ def _negative_key_values(passes: AlignmentPasses, negatives: Negatives) -> Pictu
   return passes.model.key_values(jax.tree.map(negatives.take, passes.features))
 
 
-def hard_negatives(similarity: Array, caption_ids: Array, key: Array, blocks: int = 1) -> tuple[Array, Array, Array]:
+def hard_negatives(similarity: Array, barred: Array, key: Array, blocks: int = 1) -> tuple[Array, Array, Array]:
   """Draws for each pair a negative picture and a negative text by the softmax of their similarity.
 
-  Neither the pair itself nor a pair with the identical caption is drawn; with `blocks` > 1 only pairs of the same
-  block of B / blocks pairs are.
+  Args:
+    similarity: [B, B], row the picture, column the text.
+    barred: bool[B, B], symmetric: pairs that are no negatives of each other, such as a pair and itself.
+    blocks: with more than 1, only pairs of the same block of B / blocks pairs are drawn.
 
   Returns:
     (pictures int32[B], texts int32[B], found bool[B]); `found` is False where there is no candidate.
@@ -69,7 +92,7 @@ def hard_negatives(similarity: Array, caption_ids: Array, key: Array, blocks: in
   count = similarity.shape[0]
   places = jnp.arange(count)
   block = places // (count // blocks)
-  barred = (caption_ids[:, None] == caption_ids[None]).all(-1) | (block[:, None] != block[None])
+  barred = barred | (block[:, None] != block[None])
   weights = jnp.where(barred, -jnp.inf, jax.lax.stop_gradient(similarity).astype(jnp.float32))
   found = ~barred.all(-1)
   picture_key, text_key = jax.random.split(key)

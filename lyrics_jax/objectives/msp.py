@@ -21,7 +21,10 @@ class MSP(Objective):
   """L_msp = -E sum over masked tokens of log p(s | the unmasked, V, G), starting from [MLM].
 
   Attributes:
-    mask_probability: of masking a whole object, its tag and its box.
+    mask_probability: of masking a whole object, its tag and its box. A picture in which nothing is masked adds nothing
+      to the loss.
+    mask_at_least_one: whether one object is masked where the draw masks none. Pictures of few objects then have more
+      than `mask_probability` of their objects masked.
   """
   name = "msp"
   model = AlignerSettings
@@ -31,6 +34,7 @@ class MSP(Objective):
       "msp_targets": Field(_SPATIAL, "int32", IGNORED, "former_vocabulary", "text", "spatial_mask")}
   label_smoothing: float = 0.1
   mask_probability: float = 0.15
+  mask_at_least_one: bool = False
 
   def __call__(self, passes: AlignmentPasses) -> Term:
     spatial = merge_pictures(passes.batch["msp_ids"]), passes.spatial[1]
@@ -46,7 +50,7 @@ class MSP(Objective):
       msp_ids: int32 (Ls,), `[MLM]` for `[BOS]` and `[MASK]` for the tokens to predict; msp_targets: int32 (Ls,), the
       original ids there, -1 elsewhere.
     """
-    masked = mask_objects(pair.owners, self.mask_probability, rng)
+    masked = mask_objects(pair.owners, self.mask_probability, self.mask_at_least_one, rng)
     ids = np.where(masked, np.int32(tokenizer.mask), pair.spatial_ids)
     ids[0] = tokenizer.mlm
     return {"msp_ids": ids, "msp_targets": np.where(masked, pair.spatial_ids, np.int32(IGNORED))}
@@ -57,17 +61,17 @@ class MSP(Objective):
     require(0 <= self.mask_probability <= 1, f"{path}.mask_probability={self.mask_probability} must lie in [0, 1]")
 
 
-def mask_objects(owners: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+def mask_objects(owners: np.ndarray, probability: float, at_least_one: bool, rng: np.random.Generator) -> np.ndarray:
   """bool (n,), True at the tokens to predict: the whole tag and box of each object drawn with `probability`.
 
-  At least one object is drawn when there is any, so that every example teaches something. The markers stay visible:
-  they tell the layout.
+  The markers stay visible: they tell the layout.
 
   Args:
     owners: int (n,), the number of the object that each token spells; negative outside objects.
+    at_least_one: whether one object is drawn where the probability draws none.
   """
   count = int(owners.max()) + 1
   drawn = rng.random(count) < probability
-  if count and not drawn.any():
+  if at_least_one and count and not drawn.any():
     drawn[rng.integers(count)] = True
   return np.isin(owners, np.flatnonzero(drawn))

@@ -27,7 +27,8 @@ class NextToken(Objective):
   def __call__(self, passes: ConversationPasses) -> Term:
     ids, targets = passes.batch["ids"], passes.batch["targets"]
     loss, accuracy = next_token_loss(passes.model.logits, passes.hidden, ids, targets, self.chunk)
-    return Term(loss, targets[:, 1:].sum().astype(jnp.float32), {"token_accuracy": accuracy})
+    metrics = {"token_accuracy": accuracy, "soft_token_spread": passes.soft_token_spread()}
+    return Term(loss, targets[:, 1:].sum().astype(jnp.float32), metrics)
 
   def check(self, path: str) -> None:
     super().check(path)

@@ -20,6 +20,7 @@ Kind = Literal["box", "text", "open"]
 Scores = Mapping[Kind, Sequence[float]]
 
 _SIDES = re.compile(r"\b(left|right)|[左右]", re.IGNORECASE)
+_COUNTS = re.compile(r"\b(how many|number of|count)\b|[几]|多少", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Task(Settings):
     return _fill(self.templates[index], text)
 
   def may_crop(self, texts: Sequence[str]) -> bool:
-    """Whether the pictures of a conversation with these texts may be cropped."""
-    return self.crop
+    """Whether the pictures may be cropped. A crop may lose an object, which belies a text that counts."""
+    return self.crop and not counts(*texts)
 
   def may_flip(self, texts: Sequence[str]) -> bool:
     """Whether the pictures may be mirrored. A mirrored picture belies a text that says left or right."""
@@ -111,6 +112,11 @@ class Task(Settings):
 def mentions_side(*texts: str) -> bool:
   """Whether some text says left or right (leftmost, right-hand, ...), so that its picture must not be mirrored."""
   return any(_SIDES.search(text) is not None for text in texts)
+
+
+def counts(*texts: str) -> bool:
+  """Whether some text asks for a number of things, so that its picture must show all of them."""
+  return any(_COUNTS.search(text) is not None for text in texts)
 
 
 def find_task(tasks: Sequence[Task], name: str) -> Task:

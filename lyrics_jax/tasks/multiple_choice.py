@@ -10,7 +10,7 @@ class MultipleChoice(Task):
   name: str = "multiple_choice"
   templates: tuple[str, ...] = (
       "{question}",
-      "{question} Reply with the letter of the option.",
+      "{question} Reply with the option, its letter included.",
       "Pick the option that fits the image. {question}",
       "Read the question and its options, then choose one. {question}",
   )

@@ -14,4 +14,5 @@ class TextVQA(Task):
       "Use the words and numbers that you can read in the picture. {question}",
       "Question about the text in this image: {question} Short answer:",
   )
+  crop: bool = False  # the writing must stay in the picture
   flip: bool = False  # mirrored writing cannot be read

@@ -56,10 +56,18 @@ class OptimizerSettings(Settings):
 
 
 def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:
-  """The schedule of `peak_lr`. The learning rates of `rates` are multiples of it."""
+  """The schedule of `peak_lr`. The learning rates of `rates` are multiples of it.
+
+  Updates are counted from 1: the first update of a warm-up already moves, and the last update has `final_lr`.
+  """
   warmup = round(settings.warmup_fraction * steps)
   start = 0.0 if warmup else settings.peak_lr
-  return optax.warmup_cosine_decay_schedule(start, settings.peak_lr, warmup, steps, settings.final_lr)
+  schedule = optax.warmup_cosine_decay_schedule(start, settings.peak_lr, warmup, steps, settings.final_lr)
+
+  def of_update(count: jax.Array) -> jax.Array:
+    return schedule(count + 1)
+
+  return of_update
 
 
 def make_optimizer(settings: OptimizerSettings, steps: int, axes: Mapping[str, tuple]) -> optax.GradientTransformation:

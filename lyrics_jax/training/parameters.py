@@ -32,6 +32,7 @@ class ModelParameters:
       their storage dtype.
     axes: the logical axes of `shapes`, without the axis of scanned layers.
     transposed: paths of the kernels that lie in memory as [..., m, n]; see `models/layers/linear.py`.
+    bounds: between which two values an update leaves a parameter, by path.
   """
   config: Config
   graph: nnx.GraphDef
@@ -39,13 +40,14 @@ class ModelParameters:
   shapes: Abstract
   axes: dict[str, tuple[str | None, ...]]
   transposed: frozenset[str]
+  bounds: dict[str, tuple[float, float]]
 
   @classmethod
   def of(cls, config: Config) -> "ModelParameters":
     """Raises `UserError` for a pattern of `stage.train` that matches nothing, or a trained parameter in int8."""
     stage, compute = config.stage, config.compute
     graph, state = nnx.split(nnx.eval_shape(lambda: stage.build(compute, nnx.Rngs(0))))
-    variables, shapes, axes, transposed = {}, {}, {}, set()
+    variables, shapes, axes, transposed, bounds = {}, {}, {}, set(), {}
     for place, variable in nnx.to_flat_state(state):
       path, metadata = _path(place), variable.get_metadata()
       kept = stage.trains(path) or metadata.get("keeps_dtype", False)
@@ -53,9 +55,11 @@ class ModelParameters:
       if metadata.get("transposed", False):
         transposed.add(path)
         shape, logical = _swapped(shape), _swapped(logical)
+      if metadata.get("bounds") is not None:
+        bounds[path] = metadata["bounds"]
       variables[path], axes[path] = variable, logical
       shapes[path] = jax.ShapeDtypeStruct(shape, variable.dtype if kept else compute.storage)
-    parameters = cls(config, graph, variables, shapes, axes, frozenset(transposed))
+    parameters = cls(config, graph, variables, shapes, axes, frozenset(transposed), bounds)
     parameters._check()
     return parameters
 

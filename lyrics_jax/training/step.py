@@ -63,6 +63,9 @@ def make_train_step(parameters: ModelParameters, optimizer: optax.GradientTransf
 
     updates, new_optimizer = optimizer.update(gradient, state.optimizer, state.parameters)
     new_parameters = optax.apply_updates(state.parameters, updates)
+    for path, (low, high) in parameters.bounds.items():
+      if path in new_parameters:
+        new_parameters[path] = jnp.clip(new_parameters[path], low, high)
     kept = _where(finite, (new_parameters, new_optimizer), (state.parameters, state.optimizer))
     metrics |= {"gradient_norm": norm, "learning_rate": schedule(state.step), "finite": finite}
     return TrainState(state.step + 1, *kept), metrics

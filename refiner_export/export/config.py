@@ -10,6 +10,7 @@ from refiner_export.records.formats import FORMATS
 from refiner_export.records.manifest import Manifest
 from refiner_export.records.schema import fingerprint
 from refiner_export.refiners.base import RefinerSettings
+from refiner_export.refiners.classical.imperfect import ImperfectRefiner
 from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.sources.source import SourceSettings
 
@@ -150,9 +151,10 @@ def refiner_from_manifest(manifest: Manifest, files: Mapping[str, str] = Mapping
     from refiner_export.refiners import neural  # it needs torch
     refiner = neural.from_description(described, files)
   else:
-    known = {field.name for field in dataclasses.fields(ClassicalRefiner)}
+    kind = ImperfectRefiner if described["name"] == "imperfect" else ClassicalRefiner
+    known = {field.name for field in dataclasses.fields(kind)}
     fields = {name: value for name, value in described.items() if name in known}
-    refiner = from_dict(ClassicalRefiner, fields, "refiner")
+    refiner = from_dict(kind, fields, "refiner")
   then, now = _flat(described), _flat(refiner.describe())
   differing = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
   other = f" with another {', '.join(differing)}" if differing else ""

@@ -41,7 +41,8 @@ def noise(path: str, shape: tuple[int, ...]) -> np.ndarray:
 def old_batch(stage: str, config) -> dict[str, np.ndarray]:
   """The stored batch under today's names, with an axis for the one picture of a row."""
   stored = np.load(FOLDER / f"{stage}_batch.npz")
-  batch = {"picture_mask": np.ones((len(stored["image"]), 1), bool)}
+  rows = len(stored["image"])
+  batch = {"picture_mask": np.ones((rows, 1), bool), "picture_id": np.arange(rows, dtype=np.int32)[:, None]}
   for name, value in stored.items():
     new = BATCH_NAMES.get(name, name)
     value = value.astype(np.int32) if new == "segments" else value
@@ -84,7 +85,8 @@ def test_the_same_losses_and_gradients(name):
   (value, loss), gradients = jax.jit(jax.value_and_grad(objective, has_aux=True))(trained)
   assert float(value) == pytest.approx(golden["loss"], rel=1e-6)
   assert float(loss.weight) == golden["weight"]
-  assert {metric: float(of) for metric, of in loss.metrics.items()} == pytest.approx(golden["metrics"], rel=2e-6)
+  metrics = {metric: float(loss.metrics[metric]) for metric in golden["metrics"]}
+  assert metrics == pytest.approx(golden["metrics"], rel=2e-6)
   assert len(gradients) == len(golden["gradients"])
   for old, (norm, along) in golden["gradients"].items():
     path, turned = names[old]

@@ -130,7 +130,7 @@ def make_batch(config: Config, seed: int = 0, rows: int | None = None) -> dict[s
     return ids, mask
 
   batch = {"image": rng.integers(0, 256, (rows, 1, sizes.image_size, sizes.image_size, 3), np.uint8),
-           "picture_mask": np.ones((rows, 1), bool)}
+           "picture_mask": np.ones((rows, 1), bool), "picture_id": np.arange(rows, dtype=np.int32)[:, None]}
   for name, count in (("detection", sizes.detection_rows), ("masks", sizes.mask_rows)):
     mask = rng.random((rows, 1, count)) < 0.7
     values = rng.standard_normal((rows, 1, count, sizes.local_width))

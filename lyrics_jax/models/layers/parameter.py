@@ -21,7 +21,8 @@ def parameter(rngs: nnx.Rngs, init: Callable, shape: tuple[int, ...], axes: Logi
 
   Args:
     metadata: `keeps_dtype=True` exempts a frozen parameter from the storage dtype of the configuration;
-      `transposed=True` says that the matrix lies in memory as [m, n], though its name stands for [n, m].
+      `transposed=True` says that the matrix lies in memory as [m, n], though its name stands for [n, m];
+      `bounds=(low, high)` holds a trained parameter between the two after each update.
   """
   assert len(shape) == len(axes), (shape, axes)
   return nnx.Param(init(rngs.params(), shape, jnp.float32), logical_axes=tuple(axes), **metadata)

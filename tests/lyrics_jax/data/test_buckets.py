@@ -8,6 +8,7 @@ import pytest
 from lyrics_jax.data import buckets
 from lyrics_jax.data.batch import text_masks
 from lyrics_jax.data.conversations import Conversations
+from lyrics_jax.data.pairs import Pairs
 from refiner_export.common.settings import UserError
 
 SHARES = {"buckets": (0.25, 0.5, 0.6, 0.7, 0.8, 1.0), "caption_length": 48}
@@ -116,7 +117,7 @@ def test_a_window_holds_the_same_examples_sorted(make_run, records):
   bucketed = make_run(Conversations(), batch_size=2, **SHARES)
 
   def named(batches):
-    return sorted((record, ids.tobytes()) for batch in batches for record, ids in zip(batch["records"], batch["ids"]))
+    return sorted(record for batch in batches for record in batch["records"])
 
   def spread(batches):
     return np.mean([np.ptp(batch["segments"].sum(1)) for batch in batches])
@@ -126,6 +127,23 @@ def test_a_window_holds_the_same_examples_sorted(make_run, records):
   longest = [batch["segments"].sum(1).max() for batch in window]
   assert spread(window) < spread(unsorted)
   assert longest != sorted(longest)  # short texts do not always come first
+
+
+@pytest.mark.parametrize("batches, window", [
+    (0, 1), (1, 1), (3, 3), (8, 8), (9, 8), (10, 5), (16, 8), (21, 7), (33, 8)])
+def test_a_window_leaves_out_few_batches(batches, window):
+  assert buckets.window_of(batches) == window
+
+
+def test_no_window_crosses_an_epoch(make_run, records):
+  """Copies of a picture are equally long, so in one window they would meet in a batch."""
+  for batch_size, in_epoch in ((2, 6), (4, 4), (1, 6)):
+    run = make_run(Pairs(), batch_size=batch_size, **SHARES)
+    batches = taken(run, records, 5 * in_epoch // batch_size)
+    names = [record for batch in batches for record in batch["records"]]
+    for start in range(0, len(names), in_epoch):
+      assert len(set(names[start:start + in_epoch])) == in_epoch
+    assert set(names) == {record.id for record in records}  # what an epoch leaves out, another one shows
 
 
 def test_resume_inside_a_window_is_exact(run, records):

@@ -78,11 +78,13 @@ def test_long_captions_keep_their_end_mark(make_example, make_record, tokenizer)
 def test_masking_hides_whole_objects_and_nothing_else(make_example, records, tokenizer):
   markers = {tokenizer.bos, tokenizer.pad, *tokenizer.spatial}
   open_box, close_box = tokenizer.spatial[4:]
+  some = False
   for seed in range(60):
     example = make_example(records[seed % 6], seed)
     ids, msp, targets = example["spatial_ids"], example["msp_ids"], example["msp_targets"]
     hidden = targets >= 0
-    assert msp[0] == tokenizer.mlm and hidden.any()
+    assert msp[0] == tokenizer.mlm
+    some = some or hidden.any()
     assert (msp[hidden] == tokenizer.mask).all() and (targets[hidden] == ids[hidden]).all()
     assert (msp[1:] == ids[1:])[~hidden[1:]].all()
     assert not hidden[np.isin(ids, list(markers))].any()
@@ -95,15 +97,23 @@ def test_masking_hides_whole_objects_and_nothing_else(make_example, records, tok
       box = slice(opened + 1, closed)
       assert len(parse_boxes(tokenizer.decode(ids[box]).replace(" ", ""))) == 1
       assert hidden[box].all() == hidden[box].any()
+  assert some
 
 
-def test_masking_rate():
+@pytest.mark.parametrize("objects", [1, 2, 20])
+def test_masking_rate(objects):
+  """The share of masked objects is the probability, however few there are; a forced object raises it."""
   rng = np.random.default_rng(0)
-  owners = np.repeat(np.arange(20), 3)
-  rate = np.mean([mask_objects(owners, 0.15, rng).mean() for _ in range(2000)])
-  assert rate == pytest.approx(0.15 + 0.85 ** 20 / 20, abs=0.005)  # an empty draw is given one object
-  assert np.mean([mask_objects(np.array([-1, 0, 0, -1]), 0.15, rng).sum() for _ in range(20)]) == 2
-  assert not mask_objects(np.array([-1]), 0.15, rng).any()
+  owners = np.concatenate([[-1], np.repeat(np.arange(objects), 3), [-1]])
+  rates = {}
+  for at_least_one in (False, True):
+    drawn = [mask_objects(owners, 0.15, at_least_one, rng).sum() / (3 * objects) for _ in range(4000)]
+    rates[at_least_one] = np.mean(drawn)
+  assert rates[False] == pytest.approx(0.15, abs=0.02)
+  assert rates[True] == pytest.approx(0.15 + 0.85 ** objects / objects, abs=0.02)
+  assert not mask_objects(owners, 0.0, False, rng).any()
+  assert mask_objects(owners, 0.0, True, rng).sum() == 3
+  assert not mask_objects(np.array([-1]), 0.15, True, rng).any()
 
 
 def test_local_tokens_follow_the_view(make_run, make_record):

@@ -1,6 +1,7 @@
 """Stage 1: what its losses start from, what they depend on, and the hard negatives."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import tiny
+import torch
 
+from lyrics_jax.models.inputs import Text
+from lyrics_jax.models.visibility import S
 from lyrics_jax.objectives.itc import ITC, contrastive_loss
 from lyrics_jax.objectives.itm import ITM, hard_negatives
 from lyrics_jax.objectives.next_token import NextToken
@@ -117,6 +121,55 @@ def test_weights_are_factors_and_objectives_may_be_left_out(align, compiled):
   assert float(loss.value) == pytest.approx(2 * float(metrics["itc"]) + 0.5 * float(metrics["itm"]), rel=1e-5)
 
 
+# --- a picture that stands in several rows, and a text without objects ---
+
+def test_a_picture_is_no_negative_of_itself():
+  """ITC: all texts of a picture are right for it, each with an equal share; against torch's cross-entropy."""
+  similarity = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32) * 3
+  same = np.eye(4, dtype=bool)
+  same[0, 2] = same[2, 0] = True
+  targets = torch.tensor(same / same.sum(1, keepdims=True))
+  for smoothing in (0.0, 0.1):
+    expected = 0
+    for logits in (similarity, similarity.T):
+      expected += torch.nn.functional.cross_entropy(torch.tensor(logits), targets, label_smoothing=smoothing) / 2
+    got = contrastive_loss(jnp.asarray(similarity), smoothing, jnp.asarray(same))
+    assert float(got) == pytest.approx(float(expected), rel=1e-5)  # float32 against float64 targets
+
+
+def test_copies_are_barred_from_itm(align):
+  """With one picture in all rows there is no negative: only the positives count, whatever the captions say."""
+  batch = tiny.make_batch(align.plan.config)
+  batch["picture_id"] = np.zeros_like(batch["picture_id"])
+  certain = {"itm/kernel": jnp.zeros_like(align.parameters["itm/kernel"]), "itm/bias": jnp.array([-20.0, 20.0])}
+  assert float(align.loss(align.parameters | certain, batch).metrics["itm"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_grounding_half_leaves_out_texts_without_objects():
+  """L_itm by a loop over pairs, on made-up logits: rows of G count where their text names an object."""
+  rows, objects = 4, np.array([True, False, True, False])
+  logits = np.random.default_rng(0).standard_normal((2, 3 * rows, 2)).astype(np.float32)
+  spatial = np.stack([np.ones(rows, bool), objects, objects], axis=1)  # [BOS] alone, or two more tokens
+  text = Text(jnp.zeros((rows, 3), jnp.int32), jnp.asarray(spatial), jnp.zeros((rows, 3), jnp.int32), (S, S, S))
+  batch = {"picture_id": jnp.arange(rows)[:, None], "caption_ids": jnp.arange(rows)[:, None]}
+  pictures = types.SimpleNamespace(take=lambda negatives: None, matching=lambda negative: None)
+  model = types.SimpleNamespace(match=lambda pictures, triples, key: jnp.asarray(logits))
+  passes = types.SimpleNamespace(similarity=jnp.zeros((rows, rows)), batch=batch, key=lambda stream: None, text=text,
+                                 key_values=pictures, model=model)
+  _, negative_texts, _ = hard_negatives(passes.similarity, jnp.eye(rows, dtype=bool), jax.random.key(0))
+
+  log_p = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+  halves = [[], []]
+  for pair in range(rows):
+    for place, text_of in enumerate((pair, int(negative_texts[pair]), pair)):
+      row = 3 * pair + place
+      halves[0].append(-log_p[0, row, int(place == 0)])
+      if objects[text_of]:
+        halves[1].append(-log_p[1, row, int(place == 0)])
+  assert 0 < len(halves[1]) < 3 * rows
+  assert float(ITM()(passes).value) == pytest.approx(np.mean([np.mean(half) for half in halves]), rel=1e-5)
+
+
 # --- hard negatives ---
 
 SIMILARITY = jnp.asarray(np.random.default_rng(0).standard_normal((6, 6)) * 1.5, jnp.float32)
@@ -126,7 +179,8 @@ DRAWS = 4000
 
 def draw(captions=CAPTIONS, similarity=SIMILARITY, blocks=1):
   keys = jax.random.split(jax.random.key(0), DRAWS)
-  pictures, texts, found = jax.vmap(lambda key: hard_negatives(similarity, captions, key, blocks))(keys)
+  barred = (captions[:, None] == captions[None]).all(-1)
+  pictures, texts, found = jax.vmap(lambda key: hard_negatives(similarity, barred, key, blocks))(keys)
   return np.asarray(pictures), np.asarray(texts), np.asarray(found)
 
 

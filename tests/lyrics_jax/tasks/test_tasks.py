@@ -39,7 +39,11 @@ def test_instructions():
 
 
 def test_which_views_a_task_allows():
-  assert task("vqa").may_flip(["How many?", "two"]) and task("vqa").may_crop(["How many?", "two"])
+  assert task("vqa").may_flip(["How many?", "two"]) and task("vqa").may_crop(["What is this?", "a cat"])
+  for text in ("How many cats are there?", "The number of cats?", "Count the cats.", "有多少只猫？"):
+    assert not task("vqa").may_crop([text, "two"]) and not task("multiple_choice").may_crop([text, "(a) two"])
+  assert task("vqa").may_crop(["Which country is this?", "Peru"])
+  assert not task("text_vqa").may_crop(["What does the sign say?", "STOP"])
   assert not task("dialogue").may_flip(["Who sits there?", "The man on the left."])
   assert not task("text_vqa").may_flip(["What does the sign say?", "STOP"])
   assert not Task(name="map", crop=False).may_crop(["Where?"])

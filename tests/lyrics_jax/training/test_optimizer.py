@@ -21,9 +21,10 @@ def values(seed=0, scale=1.0):
 
 def test_schedule():
   rate = learning_rate(OptimizerSettings(peak_lr=2e-3, final_lr=1e-4, warmup_fraction=0.15), 200)
-  for step, expected in ((0, 0), (15, 1e-3), (30, 2e-3), (115, (2e-3 + 1e-4) / 2), (200, 1e-4), (300, 1e-4)):
-    assert float(rate(step)) == pytest.approx(expected, rel=1e-5, abs=1e-9)  # float32
-  assert float(learning_rate(OptimizerSettings(peak_lr=2e-3, warmup_fraction=0.0), 200)(0)) == pytest.approx(2e-3)
+  for update, expected in ((1, 2e-3 / 30), (15, 1e-3), (30, 2e-3), (115, (2e-3 + 1e-4) / 2), (200, 1e-4), (300, 1e-4)):
+    assert float(rate(update - 1)) == pytest.approx(expected, rel=1e-5, abs=1e-9)  # float32
+  without_warmup = learning_rate(OptimizerSettings(peak_lr=2e-3, warmup_fraction=0.0), 200)
+  assert float(without_warmup(0)) == pytest.approx(2e-3, rel=1e-3)  # one step down the cosine
 
 
 def test_only_matrices_decay():
@@ -32,7 +33,8 @@ def test_only_matrices_decay():
   updates, _ = optimizer.update(jax.tree.map(np.zeros_like, parameters), optimizer.init(parameters), parameters)
   for path, update in updates.items():
     decay = 0.5 if path == "kernel" else 0
-    np.testing.assert_allclose(update, -1e-2 * decay * parameters[path], rtol=1e-5)
+    rate = float(learning_rate(config, 10)(0))
+    np.testing.assert_allclose(update, -rate * decay * parameters[path], rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["align", "instruct"])

@@ -64,7 +64,7 @@ def test_an_update_that_is_not_finite_is_refused():
   with jax.set_mesh(mesh):
     state = initial_state(plan, optimizer, mesh, trained)
     state, metrics = step(state, frozen, global_batch(mesh, batch), jax.random.key(0))
-    assert metrics["finite"] and metrics["learning_rate"] == 0  # warm-up begins at zero
+    assert metrics["finite"] and metrics["learning_rate"] > 0  # the first update moves
     before = jax.device_get(state)
     assert int(before.step) == 1
     batch["detection"][0, 0, 0], batch["detection_mask"][0, 0, 0] = np.nan, True
@@ -117,3 +117,17 @@ def test_frozen_parameters_have_no_optimizer_state(train):
 def test_what_the_compiler_is_told_goes_by_the_device(platform, kind, said):
   device = types.SimpleNamespace(platform=platform, device_kind=kind)
   assert set(compiler_options(types.SimpleNamespace(devices=np.array([[device]])))) == said
+
+
+def test_the_temperature_stays_within_its_bounds():
+  """However large the update, it ends at a bound; below and above."""
+  config = tiny.make_config("align", optimizer__peak_lr=100.0, optimizer__warmup_fraction=0.0,
+                            stage__model__temperature_bounds=(0.05, 0.09))
+  plan, mesh = tiny.make_plan(config), tiny.one_device_mesh(config)
+  assert plan.bounds == {"temperature": (0.05, 0.09)}
+  step = make_train_step(plan, optax.sgd(1e6), lambda count: jnp.float32(1), mesh)
+  trained, frozen = plan.initialise(mesh, 0)
+  with jax.set_mesh(mesh):
+    state, _ = step(initial_state(plan, optax.sgd(1e6), mesh, trained), frozen,
+                    global_batch(mesh, tiny.make_batch(config)), jax.random.key(0))
+  assert float(state.parameters["temperature"]) in (pytest.approx(0.05), pytest.approx(0.09))
