@@ -36,8 +36,7 @@ class ITM(Objective):
     # Evaluation draws its negatives from a fixed key, so that two runs agree.
     key = jax.random.key(0) if key is None else key
     blocks = 1 if self.negatives == "global" else batch_shards()
-    barred = same_picture(passes.batch) | _same_caption(passes.batch["caption_ids"])
-    pictures, texts, found = hard_negatives(passes.similarity, barred, key, blocks)
+    pictures, texts, found = hard_negatives(passes.similarity, no_negatives(passes.batch), key, blocks)
     positive = passes.key_values
     negative = _negative_key_values(passes, Negatives(pictures, blocks))
     triples = matching_text(passes.text, Negatives(texts, blocks))
@@ -48,9 +47,10 @@ class ITM(Objective):
     return Term(_mean_of_halves(loss, jnp.stack([used, used & _names_object(triples)])))
 
 
-def _same_caption(caption_ids: Array) -> Array:
-  """bool[B, B] from int32[B, Tc]: whether two captions are the same."""
-  return (caption_ids[:, None] == caption_ids[None]).all(-1)
+def no_negatives(batch: dict[str, Array]) -> Array:
+  """bool[B, B]: whether two pairs of a batch have the same picture or the same caption."""
+  captions = batch["caption_ids"]
+  return same_picture(batch) | (captions[:, None] == captions[None]).all(-1)
 
 
 def _names_object(text: Text) -> Array:

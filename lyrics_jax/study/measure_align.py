@@ -14,8 +14,7 @@ from lyrics_jax.data.rows import Example
 from lyrics_jax.evaluation.retriever import Retriever, retrieve
 from lyrics_jax.inference.loaded import LoadedModel
 from lyrics_jax.models.aligner import Aligner
-from lyrics_jax.objectives.itc import same_picture
-from lyrics_jax.objectives.itm import hard_negatives
+from lyrics_jax.objectives.itm import hard_negatives, no_negatives
 from lyrics_jax.objectives.msp import MSP
 from refiner_export.records.reader import RecordDirectory
 
@@ -69,9 +68,7 @@ def _tell(model: Aligner, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     spatial: int32 [B, Ls], the most probable token at each place of the spatial representation.
   """
   passes = model.passes(batch)
-  captions = batch["caption_ids"]
-  barred = same_picture(batch) | (captions[:, None] == captions[None]).all(-1)
-  _, texts, found = hard_negatives(passes.similarity, barred, jax.random.key(0))
+  _, texts, found = hard_negatives(passes.similarity, no_negatives(batch), jax.random.key(0))
   negative = dict(batch)
   for name in _TEXTS:
     negative[name] = batch[name][texts]

@@ -163,13 +163,15 @@ class Reference:
   def itm(self, negative_pictures, negative_texts):
     """`negative_pictures`, `negative_texts`: int[B], the hard negatives of each pair."""
     own = np.arange(len(self.image_tokens))
-    losses = []
+    losses = {"V": [], "G": []}
     for pictures, texts, label in ((own, own, 1), (negative_pictures, own, 0), (own, negative_texts, 0)):
       pick = lambda text: (text[0][texts], text[1][texts])
       queries, _, _ = self.run("itm", pick(self.spatial), pick(self.caption), pictures)
-      for pooled in self.means(queries):
-        losses.append(cross_entropy(linear(below(self.parameters, "itm"), pooled), np.full(len(own), label)))
-    return np.mean(losses)
+      names_object = pick(self.spatial)[1].sum(1) > 1  # more than [BOS]
+      for half, pooled in zip("VG", self.means(queries), strict=True):
+        loss = cross_entropy(linear(below(self.parameters, "itm"), pooled), np.full(len(own), label))
+        losses[half].extend(loss if half == "V" else loss[names_object])
+    return (np.mean(losses["V"]) + np.mean(losses["G"])) / 2
 
   def words(self, hidden):
     p = below(self.parameters, "lm_head")

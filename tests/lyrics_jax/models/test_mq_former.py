@@ -10,7 +10,7 @@ from reference import Reference
 
 from lyrics_jax.models import visibility
 from lyrics_jax.models.inputs import Pictures, merge_pictures, spatial_and_caption
-from lyrics_jax.objectives.itm import hard_negatives
+from lyrics_jax.objectives.itm import hard_negatives, no_negatives
 
 VARIANTS = [  # cross-attention frequency, activation, whether the caption's positions restart
     (2, "relu", True), (1, "gelu", False),
@@ -59,7 +59,7 @@ def case(request):
         "itm": former.joint_pass(pictures, both, visibility.ITM),
         "instruct": former.joint_pass(pictures, both, visibility.INSTRUCT),
         "similarity": similarity,
-        "negatives": hard_negatives(similarity["mean"], batch["caption_ids"], jax.random.key(0)),
+        "negatives": hard_negatives(similarity["mean"], no_negatives(batch), jax.random.key(0)),
         "losses": config.stage.loss(model, batch),
     }
 
