@@ -18,8 +18,8 @@ from etils import epath
 
 from lyrics_jax.models.base import ModelSettings
 from lyrics_jax.weights import eva_names
-from lyrics_jax.weights.table import (LEAVES, PATCH, PLAIN, THIRDS, Behind, Entry, Names, Origin, Shape, Shapes,
-                                      account, component)
+from lyrics_jax.weights.table import (PATCH, PLAIN, THIRDS, Behind, Entry, Names, Origin, Shape, Shapes, account,
+                                      component, single_entries)
 from refiner_export.common.settings import require
 from refiner_export.common.weight_files import Tensor, read_tensors
 
@@ -145,13 +145,7 @@ def entries(model: ModelSettings, shapes: Shapes) -> dict[str, Entry]:
     found |= eva_names.NAMES.entries(shapes, eva_names.PREFIX)
   else:
     found |= OPENAI_CLIP.entries(shapes, CLIP_PREFIX)
-  for path, shape in shapes.items():
-    module, _, leaf = path.rpartition("/")
-    if path in _PARAMETERS:
-      found[path] = Entry((_PARAMETERS[path],), PLAIN, shape.shape)
-    elif module in _MODULES:
-      suffix, form = LEAVES[leaf]
-      found[path] = Entry((f"{_MODULES[module]}.{suffix}",), form, shape.shape)
+  found |= single_entries(shapes, _MODULES, _PARAMETERS)
   for path in _FEWER_ROWS:
     if path in found:
       found[path] = dataclasses.replace(found[path], fewer_rows=True)

@@ -21,14 +21,14 @@ from lyrics_jax.models.layers.int8 import SCALE
 from lyrics_jax.weights import clip_names
 from lyrics_jax.weights import llama_names
 from lyrics_jax.weights.sizes import check_fixed, read_settings
-from lyrics_jax.weights.table import LEAVES, Entry, Form, Origin, Shape, Shapes, account
+from lyrics_jax.weights.table import Entry, Form, Origin, Shape, Shapes, account, single_entries
 from refiner_export.common.settings import require
 from refiner_export.common.weight_files import Tensor, read_tensors
 
 VISION_PREFIX, LANGUAGE_PREFIX = "vision_tower.vision_model.", "language_model."
 FINAL_NORM = f"{VISION_PREFIX}post_layernorm"  # its result is not read
 _PROJECTOR = "multi_modal_projector."
-_LINEAR = ("connector/linear_1", "connector/linear_2")
+_LINEAR = {f"connector/{name}": _PROJECTOR + name for name in ("linear_1", "linear_2")}
 _WORDS, _HEAD = "llm/words/embedding", "llm/head/kernel"
 _NAMES = (  # the names that transformers' classes have inside, and that versions 4.52 and later may write
     (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
@@ -81,11 +81,7 @@ def entries(shapes: Shapes, added: int) -> dict[str, Entry]:
     added: how many rows more than ours word embedding and output head have.
   """
   found = clip_names.NAMES.entries(shapes, VISION_PREFIX) | llama_names.entries(shapes, LANGUAGE_PREFIX)
-  for path, shape in shapes.items():
-    module, _, leaf = path.rpartition("/")
-    if module in _LINEAR:
-      suffix, form = LEAVES[leaf]
-      found[path] = Entry((f"{_PROJECTOR}{module.removeprefix('connector/')}.{suffix}",), form, shape.shape)
+  found |= single_entries(shapes, _LINEAR, {})
   for path in (_WORDS, _HEAD):
     if added:
       found[path] = dataclasses.replace(found[path], form=WithAddedRows(found[path].form, added))
@@ -114,8 +110,8 @@ def find(path: epath.Path, model: ModelSettings, shapes: Shapes) -> Origin:
   Raises:
     UserError: the file is not whole, or does not fit the model.
   """
-  require(f"{_LINEAR[1]}/kernel" in shapes, f"{path}: its connector is an MLP; set config.stage.model to a VLMSettings "
-                                            "with connector=MLPSettings()")
+  require("connector/linear_2/kernel" in shapes,
+          f"{path}: its connector is an MLP; set config.stage.model to a VLMSettings with connector=MLPSettings()")
   tensors = {}
   for name, tensor in read_tensors(path).items():
     tensors[published_name(name)] = tensor

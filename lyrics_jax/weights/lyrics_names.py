@@ -17,7 +17,7 @@ from lyrics_jax.models.layers.int8 import SCALE
 from lyrics_jax.weights import clip_names
 from lyrics_jax.weights import llama_names
 from lyrics_jax.weights.llama_names import ADAPTER, ADAPTER_FILE
-from lyrics_jax.weights.table import LEAVES, PLAIN, Entry, Names, Origin, Shape, Shapes, account
+from lyrics_jax.weights.table import PLAIN, Entry, Names, Origin, Shape, Shapes, account, single_entries
 from refiner_export.common.settings import require
 from refiner_export.common.weight_files import read_tensors
 
@@ -67,13 +67,7 @@ def entries(model: ModelSettings, shapes: Shapes) -> dict[str, Entry]:
   found = clip_names.NAMES.entries(shapes, clip_names.PREFIX)
   found |= FORMER.entries(shapes, _FORMER_PREFIX, model.connector.former.cross_attention_frequency)
   found |= llama_names.entries(shapes, LANGUAGE_PREFIX)
-  for path, shape in shapes.items():
-    module, _, leaf = path.rpartition("/")
-    if path in _PARAMETERS:
-      found[path] = Entry((_PARAMETERS[path],), PLAIN, shape.shape)
-    elif module in _MODULES:
-      suffix, form = LEAVES[leaf]
-      found[path] = Entry((f"{_MODULES[module]}.{suffix}",), form, shape.shape)
+  found |= single_entries(shapes, _MODULES, _PARAMETERS)
   for path in shapes:
     assert path in found or llama_names.is_lora(path) or path.endswith(SCALE), path
   return found

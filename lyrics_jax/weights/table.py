@@ -258,6 +258,24 @@ class Names:
     return Entry(tuple(names), self.forms.get(module, form), shape[1:], stacked=True)
 
 
+def single_entries(shapes: Shapes, modules: Mapping[str, str], parameters: Mapping[str, str]) -> dict[str, Entry]:
+  """The entries of modules and lone parameters that stand once in the model, in no stack.
+
+  Args:
+    modules: our path of a module -> its name in the file.
+    parameters: our path of a parameter that belongs to no such module -> its name in the file.
+  """
+  found = {}
+  for path, shape in shapes.items():
+    module, _, leaf = path.rpartition("/")
+    if path in parameters:
+      found[path] = Entry((parameters[path],), PLAIN, shape.shape)
+    elif module in modules:
+      suffix, form = LEAVES[leaf]
+      found[path] = Entry((f"{modules[module]}.{suffix}",), form, shape.shape)
+  return found
+
+
 # --- origins: what a file or directory has for a model ---
 
 def component(path: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from refiner_export.export import fetching
+from refiner_export.export import fetching, pipeline
 from refiner_export.export.config import ExportConfig
 from refiner_export.refiners.classical.refiner import ClassicalRefiner
 from refiner_export.export.run import export
@@ -22,6 +22,19 @@ UNREADABLE = 4  # the id of the picture that is no picture
 def short_pauses(monkeypatch):
   """Nobody waits between two tries to read a picture."""
   monkeypatch.setattr(fetching, "FIRST_PAUSE", 0.001)
+
+
+@pytest.fixture
+def refined(monkeypatch):
+  """The ids of the examples that go through the refiner while a test runs."""
+  ids, refine = [], pipeline.refine_read
+
+  def counted(examples, *arguments):
+    ids.extend([example.id for example in examples])
+    return refine(examples, *arguments)
+
+  monkeypatch.setattr(pipeline, "refine_read", counted)
+  return ids
 
 
 def write_coco(folder: pathlib.Path) -> Coco:

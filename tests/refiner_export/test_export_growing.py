@@ -7,7 +7,7 @@ import pytest
 from odd_sources import Lines
 
 from refiner_export.common.settings import UserError
-from refiner_export.export import growing, pipeline, run
+from refiner_export.export import growing, run
 from refiner_export.records.reader import RecordDirectory
 from refiner_export.records.verify import verify
 
@@ -28,18 +28,6 @@ def lines(tmp_path):
       seed += 1
     (folder / f"{unit}.jsonl").write_text("\n".join(texts))
   return folder
-
-
-@pytest.fixture
-def refined(monkeypatch):
-  ids, refine = [], pipeline.refine_read
-
-  def counted(examples, *arguments):
-    ids.extend([example.id for example in examples])
-    return refine(examples, *arguments)
-
-  monkeypatch.setattr(pipeline, "refine_read", counted)
-  return ids
 
 
 def source_of(folder, units, known):

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from refiner_export.common.settings import UserError
-from refiner_export.export import pipeline, run
+from refiner_export.export import run
 from refiner_export.export.config import ImageSettings
 from refiner_export.export.repair import repair
 from refiner_export.records.reader import RecordDirectory
@@ -24,19 +24,6 @@ def contents(directory):
 @pytest.fixture
 def copy(finished, tmp_path):
   return shutil.copytree(finished, tmp_path / "copy")
-
-
-@pytest.fixture
-def refined(monkeypatch):
-  """The ids of the examples that go through the refiner while a test runs."""
-  ids, refine = [], pipeline.refine_read
-
-  def counted(examples, *arguments):
-    ids.extend([example.id for example in examples])
-    return refine(examples, *arguments)
-
-  monkeypatch.setattr(pipeline, "refine_read", counted)
-  return ids
 
 
 def flip(path, position=None):
