@@ -135,8 +135,7 @@ class Aligner(nnx.Module):
     """Hidden states [P, Q, D] -> L2-normalised float32[P, N, W]: the N features that a picture is compared by.
 
     "mean" pooling (the paper) gives one, the linear map of H_I = [mean(V); mean(G)]. "max" (BLIP-2 and the authors'
-    code)
-    gives one of each query: the same map of [v; 0] for a visual and of [0; g] for a grounding query.
+    code) gives one of each query: the same map of [v; 0] for a visual and of [0; g] for a grounding query.
     """
     if self.settings.itc_pooling == "mean":
       pooled = jnp.concatenate(self.connector.former.pool(queries), axis=-1)
