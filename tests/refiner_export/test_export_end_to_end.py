@@ -92,7 +92,7 @@ def test_a_step_of_stage_1(directory, records, tmp_path):
           local=LocalTokensSettings(detection_rows=ROWS, mask_rows=8)),
       itc_width=8)
   config = Config(
-      stage=Stage(model, objectives=(ITC(), ITM(), ICG(), MSP()),
+      stage=Stage(model, objectives=(ITC(), ITM(), ICG(), MSP(mask_at_least_one=True)),
                   train=("connector/*", "itc_*", "temperature", "itm/*", "lm_head/*")),
       output=str(tmp_path / "run"), steps=1, batch_size=8, log_every=1, checkpoint_every=1,
       compute=Compute(dtype="float32", frozen_dtype="float32"),

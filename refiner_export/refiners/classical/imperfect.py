@@ -62,7 +62,7 @@ class ImperfectRefiner(ClassicalRefiner):
 
   @property
   def segmenter(self) -> "_WithFaults":
-    return _WithFaults(self, MaskDescriber(self.grid))
+    return _WithFaults(self, MaskDescriber())
 
   def seen(self, picture: UprightPicture) -> UprightPicture:
     """The picture with the objects that the refiner takes for true."""
