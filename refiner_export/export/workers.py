@@ -138,7 +138,7 @@ def _work(worker: int, pickled: bytes, connection: Connection) -> None:
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first process ends the others
   threading.Thread(target=_end_with_parent, daemon=True).start()
   try:
-    config = pickle.loads(pickled)
+    config = pickle.loads(pickled)  # the parent process pickled it: nothing of it comes from a file
   except (ImportError, AttributeError) as error:
     connection.send(_not_importable(error))
     return
